@@ -1,0 +1,288 @@
+"""What can I type? Every command, thin: parse, call one function, print its result. Heavy imports wait inside."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from groundup.errors import UserError
+
+app = typer.Typer(
+    help="From raw text to a language model that talks. Start with: groundup quickstart",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+tokenizer_app = typer.Typer(help="Train and measure tokenizers.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at data files, and clean them.", no_args_is_help=True)
+app.add_typer(tokenizer_app, name="tokenizer")
+app.add_typer(data_app, name="data")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text for people.")]
+ModelDir = Annotated[Path, typer.Argument(metavar="DIR", help="A model folder (config.json, safetensors, tokenizer).")]
+TokenizerDir = Annotated[Path | None, typer.Option("--tokenizer", metavar="DIR", help="A tokenizer folder.")]
+
+
+@app.callback()
+def _options(
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error (anywhere on the line).")
+    ] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from groundup import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+def quickstart(
+    minutes: Annotated[float, typer.Option(help="Training time in all; everything else is derived from it.")] = 10.0,
+    data: Annotated[
+        list[str] | None, typer.Option(help="Own files (any known format) instead of the built-in world.")
+    ] = None,
+    more_data: Annotated[
+        list[str] | None, typer.Argument(metavar="[FILES]...", help="Further files of --data.")
+    ] = None,
+    depth: Annotated[int | None, typer.Option(help="Layers; default: what fits the budget.")] = None,
+    seed: Annotated[int, typer.Option()] = 0,
+    output: Annotated[Path, typer.Option(help="Run folder. The same folder again goes on where it was.")] = Path(
+        "out/quickstart"
+    ),
+    as_json: Json = False,
+) -> None:
+    """Zero to chat: tokenizer, pretraining, fine-tuning, evaluation and a report, within a budget of minutes."""
+    from groundup.quickstart import quickstart as run
+
+    if more_data and not data:
+        raise UserError(more_data[0], "unexpected argument", "give own files after --data")
+    files = [*(data or []), *(more_data or [])]
+    _show(run(minutes=minutes, data=files, depth=depth, seed=seed, output=output), as_json)
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE", help="A YAML recipe, e.g. recipes/sft.yaml.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="e.g. train.steps=200")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Train by a recipe. The same command again resumes a run that was cut off."""
+    from groundup.train.run import train as run
+
+    result = run(recipe, overrides or [])
+    text = "already finished" if result.get("already_finished") else "finished"
+    figures = ", ".join(f"{k} {v:.4g}" for k, v in result["metrics"].items() if isinstance(v, float))
+    _show(result, as_json, f"{text}: {result['output']} ({result['steps']} steps; {figures})")
+
+
+@app.command()
+def chat(
+    model: ModelDir,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0)] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 512,
+    seed: Annotated[int | None, typer.Option()] = None,
+    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Default: the model decides.")] = None,
+) -> None:
+    """Talk to a model in the terminal. /help lists the commands there."""
+    from groundup.serve.terminal import run_chat
+
+    run_chat(
+        model,
+        system=system,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_tokens=max_tokens,
+        seed=seed,
+        think=think,
+    )
+
+
+@app.command()
+def generate(
+    model: ModelDir,
+    prompts: Annotated[list[str] | None, typer.Argument(help="Prompts; none: one a line from standard input.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="Prompts from a file of rows in any known format, or .txt lines.")
+    ] = None,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0)] = 0,
+    max_tokens: Annotated[int, typer.Option(min=1)] = 256,
+    seed: Annotated[int | None, typer.Option()] = None,
+    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Default: the model decides.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Answer prompts, for scripts."""
+    from groundup.serve.terminal import run_generate
+
+    run_generate(
+        model,
+        prompts or [],
+        file=file,
+        raw=raw,
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        max_tokens=max_tokens,
+        seed=seed,
+        think=think,
+        as_json=as_json,
+    )
+
+
+@app.command(name="eval")
+def evaluate(
+    model: ModelDir,
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Text or chat files: bits per byte is measured on them.")
+    ] = None,
+    world: Annotated[
+        bool, typer.Option("--world", help="Exact match on the built-in world's held-out questions.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the world that the model was trained on.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Measure a model: bits per byte on files, exact match on the built-in world."""
+    from groundup.eval.run import evaluate as run
+
+    _show(run(model, data=data or [], world=world, seed=seed), as_json)
+
+
+@app.command()
+def world(
+    output: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the files.")],
+    seed: Annotated[int, typer.Option()] = 0,
+    documents: Annotated[int, typer.Option(min=1, help="Pretraining documents.")] = 20000,
+    as_json: Json = False,
+) -> None:
+    """Write the built-in world as files: pretraining text, chats, held-out questions, preferences, reasoning, tools."""
+    from groundup.world import World
+
+    counts = World(seed=seed).write(output, documents=documents)
+    _show(counts, as_json)
+
+
+@app.command()
+def plan(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    as_json: Json = False,
+) -> None:
+    """Will it fit? Estimate the memory of a recipe, part by part, against what this machine has free."""
+    from groundup.plan.memory import plan_recipe
+
+    _show(plan_recipe(recipe, overrides or []), as_json)
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    files: Annotated[list[Path], typer.Argument(metavar="FILES...")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the tokenizer.")],
+    vocab_size: Annotated[int, typer.Option(help="Entries, special tokens included.")] = 6400,
+    as_json: Json = False,
+) -> None:
+    """Train a byte-level BPE tokenizer on files of any known format."""
+    from groundup.quickstart import train_tokenizer_on
+
+    _show(train_tokenizer_on(files, vocab_size, output), as_json)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A data file, or FOLDER:NAME of a dataset_info.json.")],
+    tokenizer: TokenizerDir = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows shown with their trained tokens coloured.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Format, counts, lengths, and rows as the model sees them (trained tokens coloured)."""
+    from groundup.data.inspect import inspect_file
+    from groundup.tokenizer import load_tokenizer
+
+    report = inspect_file(file, tokenizer=load_tokenizer(tokenizer) if tokenizer else None, samples=rows)
+    if as_json:
+        _show(report.to_json(), True)
+    else:
+        report.print()
+
+
+@data_app.command("clean")
+def data_clean(
+    files: Annotated[list[Path], typer.Argument(metavar="FILES...")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Kept rows, as jsonl.")],
+    near_threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Similarity of near duplicates; 0: exact only.")
+    ] = 0.8,
+    min_chars: Annotated[int, typer.Option(min=0)] = 1,
+    max_chars: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 0,
+    min_charset_ratio: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of letters, digits and CJK in a row.")
+    ] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Remove exact and near duplicates, and rows outside length or charset limits; report what went."""
+    from groundup.data.clean import clean
+
+    report = clean(
+        files,
+        output,
+        near_threshold=near_threshold,
+        min_chars=min_chars,
+        max_chars=max_chars,
+        min_charset_ratio=min_charset_ratio,
+    )
+    if as_json:
+        _show(report.to_json(), True)
+    else:
+        report.print()
+
+
+def _show(result: dict[str, Any], as_json: bool, text: str | None = None) -> None:
+    """One JSON object on stdout, or the text (default: a key and value a line)."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, default=str))
+    elif text is not None:
+        print(text)
+    else:
+        for key, value in result.items():
+            nested = isinstance(value, (dict, list))
+            print(f"{key}: {json.dumps(value, ensure_ascii=False, default=str) if nested else value}")
+
+
+def main() -> None:
+    """Entry point: one line for every fault. Exit 2: the user's input; 130: Ctrl-C; 1: a fault of ours."""
+    debug = "--debug" in sys.argv or bool(os.environ.get("GROUNDUP_DEBUG"))
+    sys.argv = [argument for argument in sys.argv if argument != "--debug"]
+    try:
+        app()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `| head` closed the pipe: leave without a word
+    except KeyboardInterrupt:
+        print("stopped; the same command again goes on where it was", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        code = 2 if isinstance(error, UserError) else 1
+        hint = "" if code == 2 else " (a fault of groundup's own: --debug shows the traceback)"
+        text = str(error) if code == 2 else f"{type(error).__name__}: {error}"
+        print(f"error: {' '.join(text.split())}{hint}", file=sys.stderr)
+        sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
