@@ -1,0 +1,119 @@
+"""How does a model come from and go to disk? As a stock Hugging Face folder, never as a pickle."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from groundup.errors import UserError
+from groundup.model.config import ModelConfig
+from groundup.model.transformer import Transformer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+
+
+def load_model(
+    directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Transformer:
+    """The model of a stock folder (config.json, one or several safetensors), in eval mode.
+
+    dtype None: as stored, but fp32 on a CPU, where half precision is many times slower without special units.
+    Raises UserError: no folder, unsupported architecture, a missing, damaged or wrongly shaped tensor.
+    """
+    directory = Path(directory)
+    config = ModelConfig.from_dir(directory)
+    with torch.device("meta"):
+        model = Transformer(config)
+    wanted = dict(model.named_parameters())
+    tensors: dict[str, torch.Tensor] = {}
+    for path in _weight_files(directory):
+        tensors.update(_read(path, wanted, torch.device(device), dtype))
+    missing = sorted(wanted.keys() - tensors.keys())
+    if missing:
+        raise UserError(directory, f"{len(missing)} tensors are missing, first {missing[0]}", "fetch the model again")
+    model.load_state_dict(tensors, assign=True)
+    return model.requires_grad_(True).eval()
+
+
+def save_model(model: Transformer, directory: str | Path) -> None:
+    """Write config.json, generation_config.json and model.safetensors, each whole or not at all.
+
+    The weights keep the module's dtype. Tied heads are stored once, as transformers does.
+    """
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    config = model.config.to_hf_dict(dtype=str(model.head_weight.dtype).removeprefix("torch."))
+    ends = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    replace_file(directory / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
+    replace_file(directory / "config.json", _json_writer(config))
+    replace_file(directory / "generation_config.json", _json_writer({"_from_model_config": True, **ends}))
+
+
+def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
+    """Run `write` on a temporary file beside `path`, flush it to disk, then rename it over `path`.
+
+    A reader, or a run killed at any instant, finds the old file or the new one. OSError (a full disk, say) passes.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        write(temporary)
+        with temporary.open("rb") as handle:
+            os.fsync(handle.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _json_writer(value: dict[str, Any]) -> Callable[[Path], Any]:
+    return lambda path: path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    """The safetensors of a folder: one, or those that its index names."""
+    if (directory / WEIGHTS).is_file():
+        return [directory / WEIGHTS]
+    index = directory / INDEX
+    if not index.is_file():
+        raise UserError(directory, f"neither {WEIGHTS} nor {INDEX} here", "save or fetch the model as safetensors")
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError):
+        raise UserError(index, "not a safetensors index", "fetch the model again") from None
+    for name in names:
+        if Path(name).name != name or not (directory / name).is_file():
+            raise UserError(index, f"names {name}, which is not in the folder", "fetch the model again")
+    return [directory / name for name in names]
+
+
+def _read(
+    path: Path, wanted: dict[str, torch.nn.Parameter], device: torch.device, dtype: torch.dtype | None
+) -> dict[str, torch.Tensor]:
+    """The wanted tensors of one file, checked against the model's shapes and moved one at a time."""
+    found: dict[str, torch.Tensor] = {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118  (a safe_open is no dict)
+                if (name == "lm_head.weight" and name not in wanted) or name.endswith("rotary_emb.inv_freq"):
+                    continue  # a tied head stored twice; a buffer of old checkpoints
+                if name not in wanted:
+                    raise UserError(path, f"holds {name}, which this architecture has not", "check its config.json")
+                shape = tuple(file.get_slice(name).get_shape())
+                if shape != tuple(wanted[name].shape):
+                    expected = tuple(wanted[name].shape)
+                    raise UserError(path, f"{name} is {shape}, config.json says {expected}", "fetch the model again")
+                tensor = file.get_tensor(name)
+                half_on_cpu = device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
+                target = dtype or (torch.float32 if half_on_cpu else tensor.dtype)
+                # clone: a tensor that still lives in the mapped file would change when the file does
+                found[name] = tensor.to(device, target) if target != tensor.dtype else tensor.clone().to(device)
+    except (SafetensorError, OSError) as error:
+        raise UserError(path, f"damaged or not safetensors ({error})", "fetch or save the model again") from None
+    return found

@@ -1,0 +1,1 @@
+"""How is this one step made fast? Each file reads: plain reference, fast path, chooser."""
