@@ -100,7 +100,7 @@ def message(role: str, content: str) -> Message:
 
 
 def as_prompt(row: Chat) -> Prompt:
-    """The conversation before its last answer, for stages that answer themselves (RLAIF files hold an answer nobody wants)."""
+    """The conversation before its last answer, for stages that answer themselves (an RLAIF file's own is a filler)."""
     messages = list(row.messages)
     while messages and messages[-1]["role"] == "assistant":
         messages.pop()
