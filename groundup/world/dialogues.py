@@ -1,0 +1,63 @@
+"""Questions and answers as conversations: one to four turns, sometimes a system prompt, an identity question, a thought
+or a tool."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from random import Random
+
+from groundup.world import identity
+from groundup.world.rows import Chat, Message, Question, ReasoningPrompt, ToolEpisode, assistant, user
+
+SHARES = {"identity": 0.04, "small talk": 0.02, "thinking": 0.03, "tools": 0.01}  # of all chats; the rest are questions
+MOST_TURNS = 4
+
+
+def chats(
+    rng: Random,
+    next_question: Callable[[], Question],
+    next_thought: Callable[[str], ReasoningPrompt],
+    next_episode: Callable[[str], ToolEpisode],
+) -> Iterator[Chat]:
+    """An endless stream of conversations, each in one language."""
+    while True:
+        first = next_question()
+        special = rng.random()
+        for name, share in SHARES.items():
+            if special < share:
+                yield _special(rng, name, first.language, next_thought, next_episode)
+                break
+            special -= share
+        else:
+            messages = _system(rng, first.language)
+            messages += [*first.messages, assistant(first.answer)]
+            for _ in range(rng.randrange(MOST_TURNS)):
+                question = next_question()
+                messages += [*question.messages, assistant(question.answer)]
+            yield Chat(messages)
+
+
+def _system(rng: Random, language: str) -> list[Message]:
+    if rng.random() < 0.1:
+        return [{"role": "system", "content": rng.choice(identity.SYSTEM_PROMPTS[language])}]
+    return []
+
+
+def _special(
+    rng: Random,
+    name: str,
+    language: str,
+    next_thought: Callable[[str], ReasoningPrompt],
+    next_episode: Callable[[str], ToolEpisode],
+) -> Chat:
+    if name == "tools":
+        episode = next_episode(language)
+        return Chat(episode.messages, episode.tools)
+    if name == "thinking":
+        thought = next_thought(language)
+        return Chat([*thought.messages, assistant(thought.answer, reasoning_content=thought.reasoning)])
+    if name == "identity":
+        asked = user(rng.choice(identity.phrasings("train", language)))
+        return Chat([*_system(rng, language), asked, assistant(identity.REPLY[language])])
+    said, reply = identity.small_talk(rng, language)
+    return Chat([said, assistant(reply)])

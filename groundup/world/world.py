@@ -1,0 +1,221 @@
+"""The built-in world: what a model learns from when nobody brought data. Start here.
+
+Everything is generated from a seed: 48 people with their families, habits and things, numbers and a calendar, told in
+English and Chinese. `documents` is pretraining text, `chats` is SFT, `questions` are graded exactly, and the rest is
+for the later stages. No combination on the held-out side of the split (split.py) is asked in `documents` or `chats`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import TypeVar
+
+from groundup.world import dialogues, identity, reasoning, tools, write
+from groundup.world.kinds.arithmetic import Arithmetic, StorySums
+from groundup.world.kinds.calendar import Calendar
+from groundup.world.kinds.counting import Counting
+from groundup.world.kinds.kind import Kind
+from groundup.world.kinds.kinship import Kinship
+from groundup.world.kinds.reading import Order, Reading
+from groundup.world.kinds.recall import Recall
+from groundup.world.kinds.translation import Translation
+from groundup.world.people import make_families
+from groundup.world.rows import Chat, Preference, Question, ReasoningPrompt, ToolEpisode, assistant, user
+from groundup.world.split import random_for
+from groundup.world.words import LANGUAGES
+
+T = TypeVar("T")
+
+# kind -> weight in pretraining text, train questions a language, held-out questions a language
+PLAN = {
+    "recall": (6.0, 1200, 60),
+    "kinship": (2.0, 600, 20),
+    "grandparents": (1.0, 300, 15),
+    "arithmetic": (4.0, 2000, 50),
+    "story_sums": (1.5, 1200, 30),
+    "counting": (1.5, 1200, 30),
+    "reading": (3.0, 2400, 60),
+    "order": (1.5, 1200, 30),
+    "translation": (2.0, 1500, 40),
+    "calendar": (1.5, 600, 25),
+}
+
+
+class World:
+    """The world of one seed. Every method with a `seed` of its own gives the same stream for the same two seeds."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.seed = seed
+        self.families = make_families(seed)
+        self.people = [person for family in self.families for person in family.members]
+        self.arithmetic = Arithmetic(seed)
+        kinds: list[Kind] = [
+            Recall(seed, self.people),
+            Kinship(seed, self.families, two_steps=False),
+            Kinship(seed, self.families, two_steps=True),
+            self.arithmetic,
+            StorySums(self.arithmetic, self.people),
+            Counting(seed),
+            Reading(seed, self.people),
+            Order(seed, self.people),
+            Translation(seed, self.people),
+            Calendar(seed),
+        ]
+        self.kinds = {kind.name: kind for kind in kinds}
+        self._questions: dict[tuple[str, str], list[Question]] = {}
+
+    def documents(self, count: int | None = None, seed: int = 0) -> Iterator[str]:
+        """Pretraining text, one short document at a time, half in each language; without `count`, for ever."""
+        rng = random_for(self.seed, "documents", seed)
+        names, weights = list(PLAN), [weight for weight, _, _ in PLAN.values()]
+
+        def stream() -> Iterator[str]:
+            while True:
+                kind = self.kinds[rng.choices(names, weights)[0]]
+                yield kind.tell(rng, rng.choice(LANGUAGES))
+
+        return _take(stream(), count)
+
+    def questions(self, split: str = "heldout", language: str = "en") -> list[Question]:
+        """All questions of one side (`train` or `heldout`) in one language, no two with the same words."""
+        if split not in ("train", "heldout"):
+            raise ValueError(f"split is 'train' or 'heldout', not {split!r}")
+        key = (split, language)
+        if key not in self._questions:
+            self._questions[key] = [q for name in PLAN for q in self._questions_of(name, split, language)]
+        return self._questions[key]
+
+    def _questions_of(self, name: str, split: str, language: str) -> list[Question]:
+        rng = random_for(self.seed, "questions", split, language, name)
+        count = PLAN[name][1 if split == "train" else 2]
+        found: dict[str, str] = {}
+        for _ in range(20 * count):  # some kinds have fewer questions than the plan wants
+            question, answer = self.kinds[name].ask(rng, language, held_out=split == "heldout")
+            found.setdefault(question, answer)
+            if len(found) == count:
+                break
+        return [
+            Question(f"{split}-{language}-{name}-{i:04}", language, name, [user(question)], answer)
+            for i, (question, answer) in enumerate(found.items())
+        ]
+
+    def identity_questions(self, split: str = "heldout", language: str = "en") -> list[Question]:
+        """Who are you? The answer is always the same, so they are counted apart from `questions`."""
+        return [
+            Question(f"{split}-{language}-identity-{i}", language, "identity", [user(phrase)], identity.REPLY[language])
+            for i, phrase in enumerate(identity.phrasings(split, language))
+        ]
+
+    def chats(self, count: int | None = None, seed: int = 0) -> Iterator[Chat]:
+        """SFT conversations made of the train questions, each asked once before any is asked again."""
+        rng = random_for(self.seed, "chats", seed)
+
+        def ask() -> Iterator[Question]:
+            questions = [q for language in LANGUAGES for q in self.questions("train", language)]
+            while True:
+                yield from rng.sample(questions, len(questions))
+
+        asked = ask()
+        thoughts = {language: self._thoughts(language, "train", seed) for language in LANGUAGES}
+        episodes = {language: self._episodes(language, "train", seed) for language in LANGUAGES}
+        stream = dialogues.chats(
+            rng,
+            lambda: next(asked),
+            lambda language: next(thoughts[language]),
+            lambda language: next(episodes[language]),
+        )
+        return _take(stream, count)
+
+    def preferences(self, count: int | None = None, seed: int = 0) -> Iterator[Preference]:
+        """Train questions with a right, brief reply and a worse one: wrong, talking on, or in the wrong words."""
+        rng = random_for(self.seed, "preferences", seed)
+
+        def stream() -> Iterator[Preference]:
+            while True:
+                questions = self.questions("train", rng.choice(LANGUAGES))
+                question = rng.choice(questions)
+                others = [
+                    q.answer
+                    for q in rng.sample(questions, 40)
+                    if q.kind == question.kind and q.answer != question.answer
+                ]
+                wrong = rng.choice(
+                    others or [q.answer for q in rng.sample(questions, 40) if q.answer != question.answer]
+                )
+                worse = rng.choice([wrong, wrong, f"{question.answer} {wrong}", f"{question.answer} " * 3])
+                yield Preference(question.messages, [assistant(question.answer)], [assistant(worse.strip())])
+
+        return _take(stream(), count)
+
+    def reasoning_prompts(
+        self, split: str = "train", count: int | None = None, seed: int = 0
+    ) -> Iterator[ReasoningPrompt]:
+        """Prompts that ask to think first, with one right way to think and the answer to verify."""
+        return _take(_in_turn([self._thoughts(language, split, seed) for language in LANGUAGES]), count)
+
+    def _thoughts(self, language: str, split: str, seed: int) -> Iterator[ReasoningPrompt]:
+        rng = random_for(self.seed, "thoughts", language, split, seed)
+        number = 0
+        while True:
+            if rng.random() < 0.5:
+                thought = reasoning.think_numbers(rng, language, self.arithmetic, split == "heldout")
+            else:
+                thought = reasoning.think_chain(rng, language, self.people, split == "heldout")
+            name = f"{split}-{language}-{thought.kind}-{number:05}"
+            yield ReasoningPrompt(
+                name, language, thought.kind, [user(thought.question)], thought.reasoning, thought.answer
+            )
+            number += 1
+
+    def tool_episodes(self, split: str = "train", count: int | None = None, seed: int = 0) -> Iterator[ToolEpisode]:
+        """Conversations that call the calculator or look a day up in a town's calendar."""
+        return _take(_in_turn([self._episodes(language, split, seed) for language in LANGUAGES]), count)
+
+    def _episodes(self, language: str, split: str, seed: int) -> Iterator[ToolEpisode]:
+        rng = random_for(self.seed, "tools", language, split, seed)
+        while True:
+            yield tools.episode(rng, self.seed, language, split == "heldout")
+
+    def tokenizer_texts(self, count: int = 20_000, seed: int = 0) -> Iterator[str]:
+        """What a tokenizer should see: documents, the words of the chats, and those of the chat template."""
+        yield from self.documents(count, seed)
+        for chat in self.chats(count // 10, seed):
+            for message in chat.messages:
+                yield f"{message['role']}\n"
+                yield message["content"]
+        yield from [json.dumps(tools.TOOLS)] * (count // 400)
+
+    def write(
+        self, folder: str | Path, documents: int = 60_000, chats: int = 8_000, later: int = 1_000, seed: int = 0
+    ) -> dict[str, int]:
+        """Write the world as files; rows by file name. `later` is the number of rows for each later stage."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        heldout = [
+            q
+            for language in LANGUAGES
+            for q in self.questions("heldout", language) + self.identity_questions("heldout", language)
+        ]
+        files: dict[str, Iterable[dict]] = {
+            "pretrain.jsonl": map(write.text_row, self.documents(documents, seed)),
+            "sft.jsonl": map(write.chat_row, self.chats(chats, seed)),
+            "heldout.jsonl": map(write.question_row, heldout),
+            "preference.jsonl": map(write.preference_row, self.preferences(later, seed)),
+            "reasoning.jsonl": map(write.question_row, self.reasoning_prompts("train", later, seed)),
+            "tools.jsonl": (
+                write.chat_row(Chat(e.messages, e.tools)) for e in self.tool_episodes("train", later, seed)
+            ),
+        }
+        return {name: write.write_rows(folder / name, rows) for name, rows in files.items()}
+
+
+def _take(stream: Iterator[T], count: int | None) -> Iterator[T]:
+    return stream if count is None else islice(stream, count)
+
+
+def _in_turn(streams: list[Iterator[T]]) -> Iterator[T]:
+    while True:
+        yield from map(next, streams)
