@@ -14,7 +14,9 @@ LETTERS = "ABCDEFGHIJ"
 def exam(row: dict[str, Any]) -> Row:
     """C-Eval, CMMLU, MMLU: columns Question, A, B, .., Answer in any case. The answer is None in secret test splits."""
     cells = {key.lower(): "" if value is None else str(value) for key, value in row.items()}
-    choices = [cells[letter] for letter in LETTERS.lower() if cells.get(letter)]
+    choices = [cells[letter] for letter in LETTERS.lower() if letter in cells]
+    while choices and not choices[-1]:
+        choices.pop()
     return _choice(cells.get("question"), choices, cells.get("answer"), LETTERS)
 
 

@@ -4,7 +4,7 @@
         ...
 
 Nothing is silent: a row that cannot be used raises UserError with its file and line, or, with on_bad="count", is noted
-in `bad` as (where, why).
+in `bad` as (where, why). A file without a single usable row is an error either way.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from groundup.data.sources import Opened, open_source
 from groundup.errors import UserError
 
 OnBad = Literal["raise", "count"]
+_HOPELESS = 1000  # so many bad rows and no good one: this is not the file that was meant, however long it is
 __all__ = ["Reader", "open_source", "read_rows"]
 
 
@@ -59,7 +60,8 @@ class Reader:
     ) -> None:
         self.path, self.on_bad, self.bad = path, on_bad, [] if bad is None else bad
         self.max_line_bytes, self.placeholders = max_line_bytes, placeholders
-        self.rows, self.file, self.place = 0, Path(path), 0
+        self.rows, self.bad_rows, self.file, self.place = 0, 0, Path(path), 0
+        self._first_error: UserError | None = None
         self.source: Opened = open_source(path)
         self._format: formats.Format | None = None
         if format is not None:
@@ -90,8 +92,8 @@ class Reader:
                     continue
                 self.rows += 1
                 yield row, record
-        if not self.rows and not self.bad:
-            raise UserError(self.path, "the file holds no rows", "give a file with at least one row")
+        if not self.rows:
+            raise self._first_error or UserError(self.path, "the file holds no rows", "give a file with at least one")
 
     @property
     def where(self) -> str:
@@ -113,8 +115,13 @@ class Reader:
         return self._find_images(row) if isinstance(row, ImageChat) else row
 
     def _reject(self, error: RowError) -> None:
+        fault = UserError(self.where, error.why, error.fix)
+        self._first_error = self._first_error or fault
+        self.bad_rows += 1
         if self.on_bad == "raise":
-            raise UserError(self.where, error.why, error.fix) from None
+            raise fault from None
+        if not self.rows and self.bad_rows == _HOPELESS:
+            raise self._first_error from None
         self.bad.append((self.where, error.why))
 
     def _find_images(self, row: ImageChat) -> ImageChat:

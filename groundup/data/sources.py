@@ -1,4 +1,4 @@
-"""Where are the rows? A path is a file, `FILE.txt:line`, or `DIR:NAME`, a folder with LLaMA-Factory's dataset_info.json."""
+"""Where are the rows? A path is a file, `FILE.txt:line`, or `DIR:NAME` with LLaMA-Factory's dataset_info.json."""
 
 from __future__ import annotations
 
