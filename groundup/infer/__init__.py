@@ -1,0 +1,1 @@
+"""How do many requests share one model? Open generate.py first."""

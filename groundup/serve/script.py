@@ -1,0 +1,142 @@
+"""How does a script ask it? Prompts from arguments, a file or a pipe; answers as text or as one JSON object."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from groundup.errors import UserError
+from groundup.infer.params import params_from_dir
+from groundup.infer.thinking import split_thinking
+
+if TYPE_CHECKING:
+    from groundup.data.read import Reader
+    from groundup.data.rows import Row
+    from groundup.model.transformer import Transformer
+    from groundup.tokenizer import Tokenizer
+
+
+def run_generate(
+    path: str | Path,
+    prompts: Sequence[str] = (),
+    *,
+    file: str | Path | None = None,
+    raw: bool = False,
+    as_json: bool = False,
+    system: str | None = None,
+    think: bool | None = None,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float | None = None,
+    max_tokens: int | None = None,
+    seed: int | None = None,
+    stop: Sequence[str] = (),
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Answer all prompts in one batch, print, and return what `as_json` prints.
+
+    prompts: questions; none: `file` (rows in any known format, .txt: a prompt a line), else stdin, a prompt a line.
+    raw: continue the text instead of answering it in a chat.
+    The result: {"completions": [{"prompt" or "messages", "text", "reasoning"?, "finish_reason", "prompt_tokens",
+    "tokens"}], "seconds", "tokens_per_second"}. Raises UserError on no prompt, a bad row, or a prompt longer than the
+    context.
+    """
+    requests = [{"prompt": p} for p in prompts] or list(_read(file))
+    if not requests:
+        raise UserError("prompts", "there are none", "give them as arguments, with --file, or on stdin")
+    params = params_from_dir(
+        path,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        max_tokens=max_tokens,
+        seed=seed,
+        stop=tuple(stop),
+    )
+    from groundup.infer.generate import generate
+
+    model, tokenizer = load_pair(path, device)
+    ids = [_encode(r, tokenizer, raw, system, think) for r in requests]
+    start = time.perf_counter()
+    completions = generate(model, tokenizer, ids, params)
+    seconds = time.perf_counter() - start
+    rows = []
+    for request, c in zip(requests, completions, strict=True):
+        reasoning, text = ("", c.text) if raw else split_thinking(c.text, think is True)
+        row: dict[str, Any] = dict(request) | {"text": text} | ({"reasoning": reasoning} if reasoning else {})
+        row |= {"finish_reason": c.finish_reason, "prompt_tokens": len(c.prompt_ids), "tokens": len(c.ids)}
+        rows.append(row)
+    rate = sum(len(c.ids) for c in completions) / seconds
+    result = {"completions": rows, "seconds": round(seconds, 3), "tokens_per_second": round(rate, 1)}
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False))
+    else:
+        for row in rows:
+            print(row["text"])
+    return result
+
+
+def load_pair(path: str | Path, device: str = "auto") -> tuple[Transformer, Tokenizer]:
+    """Model and tokenizer of a folder, on a device, ready to answer."""
+    from groundup.device import pick_device, set_threads
+    from groundup.model.io import load_model
+    from groundup.tokenizer import load_tokenizer
+
+    set_threads()
+    tokenizer = load_tokenizer(path)
+    return load_model(path, device=pick_device(device)), tokenizer
+
+
+def _encode(
+    request: dict[str, Any], tokenizer: Tokenizer, raw: bool, system: str | None, think: bool | None
+) -> list[int]:
+    if raw:
+        if "prompt" not in request:
+            raise UserError("--raw", "continues text, and a row holds a conversation", "leave --raw out")
+        return [tokenizer.bos_id, *tokenizer.encode(request["prompt"])]
+    messages = request.get("messages") or [{"role": "user", "content": request["prompt"]}]
+    if system and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": system}, *messages]
+    rendered = tokenizer.render(messages, request.get("tools"), add_generation_prompt=True, enable_thinking=think)
+    return rendered.ids
+
+
+def _read(file: str | Path | None) -> Iterator[dict[str, Any]]:
+    """Requests of a file, or of stdin when it is piped: {"prompt"}, or {"messages", "tools"?}."""
+    if file is None:
+        if not sys.stdin.isatty():
+            yield from ({"prompt": line.rstrip("\r\n")} for line in sys.stdin if line.strip())
+        return
+    from groundup.data.read import Reader
+
+    reader = Reader(f"{file}:line" if Path(file).suffix == ".txt" else file)
+    for row in reader:
+        yield _question(row, reader)
+
+
+def _question(row: Row, reader: Reader) -> dict[str, Any]:
+    """What a row asks: its text, or its messages up to the last answer."""
+    from groundup.data.rows import Chat, Preference, Prompt, Text, as_prompt
+
+    if isinstance(row, Text):
+        return {"prompt": row.text}
+    if isinstance(row, Preference):
+        messages, tools = row.prompt, row.tools
+    elif isinstance(row, (Chat, Prompt)):
+        asked = as_prompt(row) if isinstance(row, Chat) else row
+        messages, tools = asked.messages, asked.tools
+    else:
+        raise UserError(reader.where, f"a {type(row).__name__} row is no prompt", "give chats, prompts or text")
+    if not messages:
+        raise UserError(reader.where, "asks nothing", "a row needs a user message")
+    if len(messages) == 1 and messages[0]["role"] == "user" and not tools:
+        return {"prompt": messages[0]["content"]}
+    return {"messages": messages} | ({"tools": tools} if tools else {})
