@@ -1,0 +1,194 @@
+"""What does one worker do? Rows in, arrays of token ids out: no state, so any worker may take any chunk."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import chain
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from groundup.data.rows import Chat, Row, Text
+from groundup.data.truncate import truncate_chat
+from groundup.errors import UserError
+
+if TYPE_CHECKING:
+    from groundup.tokenizer import Tokenizer
+
+KINDS = ("text", "chat")
+BATCH = 1 << 18  # characters encoded at a time: what the tokenizer's library holds for them is 30 times that
+NAMED = 10  # rows of a chunk that are named; the rest are only counted
+# Between a letter or digit and what is neither, every byte-level pre-tokenizer ends a word: the ids of the two sides
+# are the ids of the whole.
+_WORD_END = re.compile(r"[^\W_](?=\W)")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A row that gives no document: where it stands (its line in the chunk, or file:line) and why."""
+
+    where: int | str
+    why: str
+    fix: str = ""
+
+
+@dataclass
+class Faults:
+    """How many, and the first few of them."""
+
+    count: int = 0
+    first: list[Fault] = field(default_factory=list)
+
+    def add(self, fault: Fault) -> None:
+        self.count += 1
+        if len(self.first) < NAMED:
+            self.first.append(fault)
+
+
+@dataclass
+class Encoded:
+    """A chunk's documents. tokens, mask (chat: 1 where trained) are flat; lengths, bytes, trained have one entry each.
+
+    bytes: UTF-8 bytes of the trained text. trained: tokens that are some token's target.
+    lines: in the chunk, where it is a part of a file.
+    """
+
+    tokens: NDArray[Any]
+    mask: NDArray[np.uint8] | None
+    lengths: NDArray[np.int64]
+    bytes: NDArray[np.int32]
+    trained: NDArray[np.int32]
+    lines: int
+    truncated: int
+    bad: Faults
+    dropped: Faults
+
+
+def encode_rows(
+    rows: Iterable[tuple[int | str, Row | Fault]], tokenizer: Tokenizer, kind: str, max_len: int | None = None
+) -> Encoded:
+    """Token arrays of rows that come with the place where they stand (a line number, or file:line).
+
+    kind "text": `bos + text + eos`, all trained; a conversation becomes the document that it renders to.
+    kind "chat": rendered by the chat template, cut to max_len; a row that then trains nothing is dropped.
+    """
+    return _Chunk(tokenizer, kind, max_len).encode(rows)
+
+
+class _Chunk:
+    """The documents of one chunk, while they come in."""
+
+    def __init__(self, tokenizer: Tokenizer, kind: str, max_len: int | None) -> None:
+        self.tokenizer, self.kind, self.max_len = tokenizer, kind, max_len
+        self.dtype = token_dtype(tokenizer.vocab_size)
+        self.ids: list[NDArray[Any]] = []
+        self.masks: list[NDArray[np.uint8]] = []
+        self.columns: list[tuple[int, int, int]] = []  # length, bytes, trained
+        self.texts: list[str] = []
+        self.waiting = self.truncated = 0
+        self.bad, self.dropped = Faults(), Faults()
+
+    def encode(self, rows: Iterable[tuple[int | str, Row | Fault]]) -> Encoded:
+        for where, row in rows:
+            if isinstance(row, Fault):
+                self.bad.add(row)
+            elif self.kind == "text" and isinstance(row, Text):
+                self._add_text(row.text)
+            elif isinstance(row, Chat):
+                self._add_chat(where, row)
+            else:
+                self.bad.add(Fault(where, *_wrong_kind(row, self.kind)))
+        self._flush()
+        columns = np.array(self.columns, np.int64).reshape(-1, 3)
+        return Encoded(
+            tokens=np.concatenate([np.zeros(0, self.dtype), *self.ids]),
+            mask=np.concatenate([np.zeros(0, np.uint8), *self.masks]) if self.kind == "chat" else None,
+            lengths=columns[:, 0],
+            bytes=columns[:, 1].astype(np.int32),
+            trained=columns[:, 2].astype(np.int32),
+            lines=0,
+            truncated=self.truncated,
+            bad=self.bad,
+            dropped=self.dropped,
+        )
+
+    def _add_text(self, text: str) -> None:
+        self.texts.append(text)
+        self.waiting += len(text)
+        if self.waiting >= BATCH:
+            self._flush()
+
+    def _flush(self) -> None:
+        """Encode the waiting texts in one call of the library."""
+        texts, self.texts, self.waiting = self.texts, [], 0
+        parts = [list(cut_text(text)) for text in texts]
+        encoded = iter(self._encode_in_batches(list(chain.from_iterable(parts))))
+        for text, its_parts in zip(texts, parts, strict=True):
+            ids = chain([self.tokenizer.bos_id], *(next(encoded) for _ in its_parts), [self.tokenizer.eos_id])
+            self._add_document(np.fromiter(ids, self.dtype), len(text.encode("utf-8", "surrogatepass")))
+
+    def _encode_in_batches(self, texts: list[str]) -> Iterator[list[int]]:
+        """One call while the texts fit into BATCH characters, more for the parts of a huge document."""
+        begin, size = 0, 0
+        for end, text in enumerate(texts, 1):
+            size += len(text)
+            if size >= BATCH or end == len(texts):
+                yield from self.tokenizer.encode_batch(texts[begin:end])
+                begin, size = end, 0
+
+    def _add_document(self, ids: NDArray[Any], size: int) -> None:
+        self.ids.append(ids)
+        self.columns.append((len(ids), size, len(ids) - 1))
+
+    def _add_chat(self, where: int | str, row: Chat) -> None:
+        try:
+            rendered = self.tokenizer.render(row.messages, row.tools)
+        except UserError as error:
+            self.bad.add(Fault(where, error.why, error.fix))
+            return
+        ids, mask = rendered.ids, rendered.mask
+        if self.kind == "text":
+            self._flush()  # documents keep the order of the file
+            self._add_document(np.array(ids, self.dtype), self._size(ids))
+            return
+        if self.max_len is not None and len(ids) > self.max_len:
+            ids, mask = truncate_chat(ids, mask, self.max_len, self.tokenizer.eos_id)
+            self.truncated += 1
+        trained = sum(mask[1:])
+        if not trained:
+            self.dropped.add(Fault(where, "no token of it would be trained", "it needs an answer that fits into a row"))
+            return
+        self.ids.append(np.array(ids, self.dtype))
+        self.masks.append(np.array(mask, np.uint8))
+        self.columns.append((len(ids), self._size([i for i, m in zip(ids, mask, strict=True) if m]), trained))
+
+    def _size(self, ids: list[int]) -> int:
+        return len(self.tokenizer.decode(ids, skip_special_tokens=True).encode("utf-8", "surrogatepass"))
+
+
+def token_dtype(vocab_size: int) -> type[np.uint16] | type[np.uint32]:
+    """Two bytes a token while every id fits."""
+    return np.uint16 if vocab_size < 2**16 else np.uint32
+
+
+def cut_text(text: str, limit: int = BATCH) -> Iterator[str]:
+    """A huge document in parts that encode to the same ids: cut where a word ends, at most 1,000 characters early."""
+    begin = 0
+    while len(text) - begin > limit:
+        end = begin + limit
+        ends = [found.end() for found in _WORD_END.finditer(text, end - min(limit, 1000), end)]
+        end = ends[-1] if ends else end
+        yield text[begin:end]
+        begin = end
+    yield text[begin:]
+
+
+def _wrong_kind(row: Row, kind: str) -> tuple[str, str]:
+    name = type(row).__name__
+    if isinstance(row, Text):
+        return "a text document among conversations", "train it with stage pretrain, or give a file of conversations"
+    wanted = "a text document or a conversation" if kind == "text" else "a conversation"
+    return f"a row of kind {name} where {wanted} is needed", "use a stage that takes such rows, or another file"
