@@ -113,6 +113,9 @@ def clean(
     drafts = [path.with_name(f".{path.name}.tmp") for path in (target, removed)]
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explain(error, target) from error
+    try:
         with ExitStack() as stack:
             cleaner.kept, cleaner.gone = (
                 stack.enter_context(draft.open("w", encoding="utf-8", newline="")) for draft in drafts

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from groundup.data.messages import RowError, conversation, hh_turns, is_hh, tool_list, turns
+from groundup.data.messages import RowError, conversation, decoded, hh_turns, is_hh, tool_list, turns
 from groundup.data.rows import (
     Chat,
     ImageChat,
@@ -42,7 +42,7 @@ def chat(row: dict[str, Any]) -> Row:
 
     gt -> Prompt; chosen + rejected -> Preference; kto_tag or label -> Unpaired; images -> ImageChat.
     """
-    key = "conversations" if row.get("conversations") else "messages"
+    key = "conversations" if "conversations" in row else "messages"
     messages, tools = conversation(row.get(key), key)
     tools = _tools(row) or tools
     if row.get("system"):
@@ -65,13 +65,13 @@ def alpaca(row: dict[str, Any]) -> Row:
     asked = [string(row, key) for key in ("instruction", "input") if row.get(key)]
     said = string(row, "output") if row.get("output") else ""
     paired = row.get("chosen") or row.get("rejected")
-    history = row.get("history") or []
+    history = decoded(row.get("history"), "history") or []
     habit = "instruction" in row and not row["instruction"]
     if habit and asked and said and not (paired or history or row.get("system")):
         return Text(asked[0] + said)
     messages = [message("system", string(row, "system"))] if row.get("system") else []
-    for pair in history:
-        if not isinstance(pair, list | tuple) or len(pair) != 2 or not all(isinstance(half, str) for half in pair):
+    for pair in history if isinstance(history, list) else [None]:
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(half, str) for half in pair):
             raise RowError("`history` holds something else than pairs", 'write [["question", "answer"], ..]')
         messages += [message("user", pair[0]), message("assistant", pair[1])]
     if not asked:

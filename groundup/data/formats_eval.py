@@ -30,13 +30,13 @@ def choice(row: dict[str, Any]) -> Row:
     labels: Any = LETTERS
     if isinstance(choices, dict):  # the hub's columns: {"text": [..], "label": [..]}
         choices, labels = choices.get("text"), choices.get("label") or LETTERS
-    elif isinstance(choices, list) and choices and isinstance(choices[0], dict):
+    elif isinstance(choices, list) and choices and all(isinstance(one, dict) for one in choices):
         choices, labels = [one.get("text") for one in choices], [one.get("label") for one in choices]
     if not isinstance(choices, list) or not all(isinstance(one, str) for one in choices):
         raise RowError("`choices` is not a list of strings", 'write "choices": ["first", "second"]')
     key = row.get("answer") if row.get("answer") is not None else row.get("answerKey")
-    context = row.get("context") or ""
-    return _choice(question, choices, key, labels, context)
+    context = string(row, "context") if row.get("context") else ""
+    return _choice(question, choices, key, labels if isinstance(labels, list) else LETTERS, context)
 
 
 def _choice(question: Any, choices: list[str], key: Any, labels: Any, context: str = "") -> Choice:
