@@ -7,7 +7,7 @@ to the step, so resuming at step 1,000,000 costs the same as starting at 0.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from groundup.data.mix import Index, Source, choose, permutation
 from groundup.data.pack import cut, pack
+from groundup.data.read import OnBad
 from groundup.data.shards import TokenShards, tokenize_files
 from groundup.errors import UserError
 
@@ -43,8 +44,16 @@ class Batch:
     weights_BT: torch.Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
-        values = (getattr(self, field.name) for field in fields(self))
-        return Batch(*(None if value is None else value.to(device, non_blocking=non_blocking) for value in values))
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(device, non_blocking=non_blocking)
+
+        return Batch(
+            moved(self.input_ids_BT),
+            moved(self.labels_BT),
+            moved(self.position_ids_BT),
+            moved(self.doc_ids_BT),
+            None if self.weights_BT is None else moved(self.weights_BT),
+        )
 
 
 class PackedDataset:
@@ -127,7 +136,8 @@ class PackedDataset:
         positions.reshape(-1)[place] = within
         doc_ids.reshape(-1)[place] = np.repeat(_ranges(np.zeros_like(counts), counts), length)
         weights = self._weights(targets) if self.token_weights else None
-        return Batch(*map(torch.from_numpy, (input_ids, targets, positions, doc_ids)), weights_BT=weights)
+        ids_BT, labels_BT, positions_BT, docs_BT = map(torch.from_numpy, (input_ids, targets, positions, doc_ids))
+        return Batch(ids_BT, labels_BT, positions_BT, docs_BT, weights)
 
     def _tokens(self, shard: NDArray[np.int16], at: Index) -> tuple[Index, Index]:
         """Tokens at these places and the trained ones right after them (-100: not trained)."""
@@ -230,7 +240,7 @@ def open_dataset(
     seed: int,
     val_fraction: float = 0.0,
     workers: int | None = None,
-    on_bad: str = "raise",
+    on_bad: OnBad = "raise",
     token_weights: dict[int, float] | None = None,
 ) -> tuple[PackedDataset, PackedDataset | None]:
     """Files to packed rows: tokenised once (cached), mixed by weight, split, packed.

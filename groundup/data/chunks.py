@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from groundup.data import formats
 from groundup.data.encode import Encoded, Fault, Faults, encode_rows
@@ -17,7 +17,9 @@ from groundup.data.read import OnBad, Reader
 from groundup.data.records import MAX_LINE_BYTES, Record, _json_lines, file_kind, open_bytes
 from groundup.data.rows import Row, row_text
 from groundup.data.sources import open_source
-from groundup.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from groundup.tokenizer import Tokenizer
 
 CHUNK = 1 << 21  # bytes of a file, or characters of rows, in a chunk
 
@@ -156,11 +158,15 @@ def _batches(reading: Reading, bad: Faults) -> Iterator[RowBatch]:
         if size >= CHUNK:
             yield RowBatch(reader.file, rows, size)
             rows, size = [], 0
-        while len(noted) > 1:  # the reader looks whether there was any
-            bad.add(Fault(*noted.pop(0)))
+            _count(noted, bad)
     yield RowBatch(reader.file, rows, size)
+    _count(noted, bad)
+
+
+def _count(noted: list[tuple[str, str]], bad: Faults) -> None:
     for fault in noted:
         bad.add(Fault(*fault))
+    noted.clear()
 
 
 def identity(path: str) -> str:

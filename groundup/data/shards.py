@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groundup.data.chunks import ByteRange, Chunk, Reading, Worker, chunks, identity
-from groundup.data.encode import KINDS, NAMED, Encoded, Fault, Faults, token_dtype
+from groundup.data.encode import KINDS, NAMED, Encoded, Fault, Faults, encode_rows, token_dtype
 from groundup.data.pool import map_in_order
 from groundup.data.read import OnBad
 from groundup.data.records import file_kind
@@ -50,8 +50,8 @@ class TokenShards:
     """Tokenised documents, mapped from disk. Document i is tokens[offsets[i] : offsets[i + 1]].
 
     tokens: uint16 or uint32. mask: uint8, 1 where trained (chat only, else None: all are). offsets: int64, one more
-    than documents. bytes: int32, UTF-8 bytes of the document's trained text. trained: int32, its tokens that are targets.
-    meta: rows, documents, tokens, bad_rows, dropped_rows, truncated_rows, and the first bad and dropped rows by name.
+    than documents. bytes: int32, UTF-8 bytes of the document's trained text. trained: int32, its tokens that are
+    targets. meta: rows, documents, tokens, bad_rows, dropped_rows, truncated_rows, the first bad and dropped by name.
     """
 
     path: Path
@@ -77,8 +77,8 @@ class TokenShards:
         sizes = {"offsets": meta["documents"] + 1, "bytes": meta["documents"], "trained": meta["documents"]}
         if any(len(column) != sizes.get(name, meta["tokens"]) for name, column in columns.items()):
             return None
-        plain = {name: column.view(np.ndarray) for name, column in columns.items()}  # memmap's own indexing is slow
-        return cls(path=path, meta=meta, **{"mask": None, **plain})
+        plain: dict[str, Any] = {name: column.view(np.ndarray) for name, column in columns.items()}  # indexes faster
+        return cls(path=path, meta=meta, mask=plain.pop("mask", None), **plain)
 
 
 def tokenize_files(
@@ -203,8 +203,7 @@ def _encoded(
             if progress:
                 progress(min(done, total), total)
         if bad.count:
-            empty = np.zeros(0, np.int64)
-            yield Encoded(empty, empty, empty, empty, empty, 0, 0, bad, Faults())  # type: ignore[arg-type]
+            yield replace(encode_rows([], tokenizer, kind), bad=bad)
     if progress:
         progress(total, total)
 
@@ -257,9 +256,8 @@ def _build(folder: Path, encoded: Iterator[Encoded], kind: str, dtype: Any, on_b
 
 def _write(folder: Path, encoded: Iterator[Encoded], kind: str, dtype: Any, on_bad: OnBad) -> dict[str, Any]:
     """Append chunk after chunk; returns meta. Raises UserError for what the counts do not allow."""
-    columns = {"tokens": dtype, "offsets": np.int64, "bytes": np.int32, "trained": np.int32}
-    if kind == "chat":
-        columns["mask"] = np.uint8
+    columns: dict[str, Any] = {"tokens": dtype, "offsets": np.int64, "bytes": np.int32, "trained": np.int32}
+    columns |= {"mask": np.uint8} if kind == "chat" else {}
     documents = tokens = truncated = 0
     bad, dropped = Faults(), Faults()
     with ExitStack() as stack:
@@ -272,9 +270,10 @@ def _write(folder: Path, encoded: Iterator[Encoded], kind: str, dtype: Any, on_b
                 raise UserError(part.bad.first[0].where, part.bad.first[0].why, part.bad.first[0].fix)
             offsets = tokens + np.cumsum(part.lengths)
             values = {"tokens": part.tokens, "offsets": offsets, "bytes": part.bytes, "trained": part.trained}
-            for name, value in (values | {"mask": part.mask}).items():
-                if name in streams:
-                    streams[name].write(value.astype(columns[name], copy=False).tobytes())
+            if part.mask is not None:
+                values["mask"] = part.mask
+            for name, value in values.items():
+                streams[name].write(value.astype(columns[name], copy=False).tobytes())
             documents, tokens = documents + len(part.lengths), tokens + len(part.tokens)
             truncated += part.truncated
             for total, faults in ((bad, part.bad), (dropped, part.dropped)):
