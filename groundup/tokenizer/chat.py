@@ -47,6 +47,8 @@ def render(
     """
     if not tokenizer.chat_template:
         raise UserError(tokenizer.where, "has no chat template", "put a chat_template.jinja into the folder")
+    if not all(isinstance(tool, dict) for tool in tools or []):
+        raise UserError("tools", "are not a list of JSON objects", 'give [{"type": "function", "function": {...}}]')
     marks = _Marks.absent_from(json.dumps([messages, tools], ensure_ascii=False) + tokenizer.chat_template)
     protect = tokenizer.plain.shield.protect
     chat = [protect(_checked(message, i), marks.shield) for i, message in enumerate(messages)]

@@ -27,9 +27,8 @@ def load_tokenizer(dir: str | Path) -> Tokenizer:
     try:
         backend = Backend.from_file(str(folder / TOKENIZER))
     except Exception as error:  # the backend raises bare Exception for whatever is wrong with the file
-        raise UserError(
-            folder / TOKENIZER, f"cannot be read as a tokenizer ({error})", "copy the file again"
-        ) from error
+        why = f"cannot be read as a tokenizer ({error})"
+        raise UserError(folder / TOKENIZER, why, "copy the file again") from error
     backend.no_truncation()
     backend.no_padding()
     config = {**_special_tokens_map(folder), **_json(folder / CONFIG)}
@@ -51,7 +50,8 @@ def _no_tokenizer(folder: Path) -> UserError:
     others = ("tokenizer.model", "vocab.json", "spiece.model", "vocab.txt")
     found = [name for name in others if (folder / name).is_file()]
     if found:
-        how = f'python -c "from transformers import AutoTokenizer as A; A.from_pretrained(D).save_pretrained(D)" with D={folder}'
+        make = f"AutoTokenizer.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})"
+        how = f'python -c "from transformers import AutoTokenizer; {make}"'
         return UserError(folder, f"has {', '.join(found)} but no {TOKENIZER}", f"make one: {how}")
     why = f"has no tokenizer: looked for {TOKENIZER} (beside it {CONFIG}, {TEMPLATE})"
     return UserError(folder, why, "copy the files there, or make them: groundup tokenizer train FILES --output DIR")

@@ -1,7 +1,7 @@
 """Ordinary text stays ordinary: encoding in which no spelling of a control token counts.
 
-A stock tokenizer turns "<|im_end|>" into one id wherever it stands, so a user who types it ends the turn. Here a text is
-encoded by a twin of the backend that has the same merges and the same ids, but looks past every control token.
+A stock tokenizer turns "<|im_end|>" into one id wherever it stands, so a user who types it ends the turn. Here a text
+is encoded by a twin of the backend that has the same merges and the same ids, but looks past every control token.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ def lone_surrogate(where: str) -> UserError:
 
 
 def control_tokens(backend: Backend, chat_template: str) -> dict[int, AddedToken]:
-    """Added tokens that steer a model, by id: the special ones, those the chat template writes (<think> in
-    Qwen3 is not "special"), and any <|...|>. Other added tokens (runs of spaces, HTML tags in Gemma) are plain text."""
+    """Added tokens that steer a model, by id: the special ones, those the chat template writes, and those that look it
+    (<think> in Qwen3 is not "special"). Other added tokens (runs of spaces, HTML tags in Gemma) are plain text."""
     return {
         number: token
         for number, token in backend.get_added_tokens_decoder().items()
         if not token.content.isspace()
-        and (token.special or token.content in chat_template or re.fullmatch(r"<\|.*\|>", token.content))
+        and (token.special or token.content in chat_template or _CONTROL_SHAPE.fullmatch(token.content))
     }
+
+
+_CONTROL_SHAPE = re.compile(r"<\|.*\|>|</?(think|tool_call|tool_response)>")
 
 
 class Plain:
@@ -40,11 +43,12 @@ class Plain:
     """
 
     def __init__(self, backend: Backend, chat_template: str) -> None:
+        self._spec: dict[str, Any] = json.loads(backend.to_str())
         tokens = control_tokens(backend, chat_template)
         self.control = {token.content: number for number, token in tokens.items()}  # spelling -> id
         self.shield = Shield(list(tokens.values()))
-        self._ids = frozenset(tokens)
-        self._spec: dict[str, Any] = json.loads(backend.to_str())
+        unknown = _unknown_token(self._spec["model"])  # stands for characters that a vocabulary lacks
+        self._forbidden = frozenset(number for text, number in self.control.items() if text != unknown)
         for token in self._spec["added_tokens"]:
             token["special"] = token["content"] in self.control
         self._spec |= {"post_processor": None, "truncation": None, "padding": None}
@@ -74,8 +78,9 @@ class Plain:
 
     def _check(self, encoding: Encoding) -> None:
         # Never so with BPE; a unigram model may hold "</s>" as an ordinary piece.
-        if not self._ids.isdisjoint(encoding.ids):
-            token = next(token for number, token in zip(encoding.ids, encoding.tokens) if number in self._ids)
+        if not self._forbidden.isdisjoint(encoding.ids):
+            number = next(number for number in encoding.ids if number in self._forbidden)
+            token = self._start.id_to_token(number)
             raise UserError("text", f"spells {token}, which this tokenizer cannot write as text", "remove it")
 
     @cached_property
@@ -107,6 +112,12 @@ class Plain:
         return backend
 
 
+def _unknown_token(model: dict[str, Any]) -> str | None:
+    if model["type"] == "Unigram":
+        return None if model["unk_id"] is None else model["vocab"][model["unk_id"]][0]
+    return model.get("unk_token")
+
+
 def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The steps of a normalizer or pre-tokenizer, nested sequences opened."""
     if part is None:
@@ -120,6 +131,6 @@ def _is_unusable(text: object) -> bool:
 
 
 def _unusable(text: object) -> Exception:
-    return (
-        lone_surrogate("text") if isinstance(text, str) else TypeError(f"text must be str, not {type(text).__name__}")
-    )
+    if isinstance(text, str):
+        return lone_surrogate("text")
+    return TypeError(f"text must be str, not {type(text).__name__}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from os.path import commonprefix
 from typing import Any
 
 from groundup.errors import UserError
@@ -47,12 +46,12 @@ def _agreement(text: str, head: str, prompt: str, control: re.Pattern[str]) -> t
     """Where the assistant starts to speak, and the control token that opens its turn ("" if none does).
 
     The prompt may end in more than every turn has (an open <think>), so the start is the last place up to which prompt
-    and text agree that is the prompt's end or an edge of one of its control tokens, after the opening one.
+    and text agree that is the prompt's end or an edge of one of its later control tokens.
     """
-    agreed = len(commonprefix([text, prompt]))
+    shorter = min(len(text), len(prompt))
+    agreed = next((i for i in range(shorter) if text[i] != prompt[i]), shorter)
     opening = list(control.finditer(prompt, len(head)))
     opener = opening[0][0].strip() if opening else ""
-    edges = {len(prompt), *(edge for match in opening for edge in match.span())}
-    least = opening[0].end() if opening else len(prompt)
-    start = max((edge for edge in edges if least <= edge <= agreed), default=None)
+    edges = {len(prompt), *(edge for match in opening[1:] for edge in match.span())}
+    start = max((edge for edge in edges if edge <= agreed), default=None)
     return (start if text.startswith(head) else None), opener

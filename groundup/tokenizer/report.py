@@ -20,7 +20,7 @@ def report(tokenizer: Tokenizer, texts: Mapping[str, Iterable[str]]) -> dict[str
 def _measure(tokenizer: Tokenizer, documents: Iterable[str]) -> dict[str, float | int]:
     count = characters = size = tokens = failures = 0
     while batch := list(islice(documents, 256)):
-        for text, ids in zip(batch, tokenizer.encode_batch(batch)):
+        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
             count += 1
             characters += len(text)
             size += len(text.encode())

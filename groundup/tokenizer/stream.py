@@ -23,8 +23,10 @@ class StreamDecoder:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._bytes = isinstance(tokenizer.backend.decoder, decoders.ByteLevel)
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
-        self._ids: list[int] = []  # decoders that are not byte-level: ids since the last whole piece, one piece before
-        self._shown = ""
+        # Decoders that are not byte-level: the ids of the last piece shown, then those not shown yet. Some decoders
+        # drop the space of a first token, so a piece is only read after another one.
+        self._ids: list[int] = []
+        self._shown, self._shown_ids = "", 0
 
     def feed(self, ids: Iterable[int]) -> str:
         """Take more ids; return the text that is now certain ("" while a character is still incomplete)."""
@@ -37,7 +39,7 @@ class StreamDecoder:
         if self._bytes:
             return self._utf8.decode(b"", final=True)
         rest = self._decode()[len(self._shown) :]
-        self._ids, self._shown = [], ""
+        self._ids, self._shown, self._shown_ids = [], "", 0
         return rest
 
     def _token_bytes(self, number: int) -> bytes:
@@ -60,9 +62,9 @@ class StreamDecoder:
         if text.endswith(REPLACEMENT):  # perhaps the start of a character
             return ""
         new = text[len(self._shown) :]
-        if new:  # keep the last piece: some decoders drop the space of a first token
-            self._ids = self._ids[-1:]
-            self._shown = self._decode()
+        if new:
+            self._ids = self._ids[self._shown_ids :]
+            self._shown, self._shown_ids = self._decode(), len(self._ids)
         return new
 
     def _decode(self) -> str:
