@@ -73,6 +73,23 @@ def set_threads(threads: int | None = None) -> int:
     return torch.get_num_threads()
 
 
+@functools.lru_cache(maxsize=1)
+def keep_memory() -> bool:
+    """Tell glibc to keep freed memory for the next step instead of giving it back; True where that worked.
+
+    By default every tensor over 32 MB is mapped afresh and faulted in page by page at each step, which costs a tenth of
+    a CPU training step. Peak memory stays what it was; it is only not returned in between.
+    """
+    import ctypes
+
+    m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+    try:
+        libc = ctypes.CDLL("libc.so.6")
+        return bool(libc.mallopt(m_mmap_max, 0) and libc.mallopt(m_trim_threshold, 2**31 - 1))
+    except (OSError, AttributeError):  # another C library: nothing to set
+        return False
+
+
 @functools.lru_cache(maxsize=8)
 def peak_flops(device: str = "cpu", dtype_name: str = "fp32", seconds: float = 0.4, size: int | None = None) -> float:
     """The matrix-product rate this machine reaches now, in FLOP/s: the best of repeated square products.
