@@ -197,7 +197,7 @@ def tokenizer_train(
     as_json: Json = False,
 ) -> None:
     """Train a byte-level BPE tokenizer on files of any known format."""
-    from groundup.quickstart import train_tokenizer_on
+    from groundup.data.texts import train_tokenizer_on
 
     _show(train_tokenizer_on(files, vocab_size, output), as_json)
 
