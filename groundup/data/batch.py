@@ -6,10 +6,11 @@ to the step, so resuming at step 1,000,000 costs the same as starting at 0.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from groundup.data.mix import Index, Source, choose, permutation
 from groundup.data.pack import cut, pack
 from groundup.data.read import OnBad
-from groundup.data.shards import TokenShards, tokenize_files
+from groundup.data.shards import Progress, TokenShards, tokenize_files
 from groundup.errors import UserError
 
 if TYPE_CHECKING:
@@ -242,12 +243,15 @@ def open_dataset(
     workers: int | None = None,
     on_bad: OnBad = "raise",
     token_weights: dict[int, float] | None = None,
+    placeholders: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
 ) -> tuple[PackedDataset, PackedDataset | None]:
     """Files to packed rows: tokenised once (cached), mixed by weight, split, packed.
 
     kind: "text" trains every token, documents longer than a row go on in another; "chat" trains what the assistant
     says, conversations longer than a row are cut to it. Returns (train, validation); validation is None where
-    val_fraction is 0 or there is only one document. Errors: UserError.
+    val_fraction is 0 or there is only one document. on_bad, placeholders, progress: as tokenize_files has them, a
+    source at a time. Errors: UserError.
     """
     if seq_len < 2:
         raise UserError("seq_len", f"{seq_len} leaves nothing to predict", "use at least 2, usually 256 or more")
@@ -256,10 +260,10 @@ def open_dataset(
     train, val = [], []
     for source in sources:
         max_len = seq_len if kind == "chat" else None
-        shards = tokenize_files([source.path], tokenizer, kind, cache_dir, workers, max_len, on_bad=on_bad)
+        options: dict[str, Any] = {"on_bad": on_bad, "placeholders": placeholders, "progress": progress}
+        shards = tokenize_files([source.path], tokenizer, kind, cache_dir, workers, max_len, **options)
         for_training, held_out = choose(len(shards), source, seed, val_fraction)
         train.append((shards, for_training))
         val.append((shards, held_out))
-    make = {"seq_len": seq_len, "pad_id": tokenizer.pad_id, "seed": seed, "token_weights": token_weights}
-    has_val = any(len(held_out) for _, held_out in val)
-    return PackedDataset(train, **make), PackedDataset(val, **make) if has_val else None  # type: ignore[arg-type]
+    pack_rows = partial(PackedDataset, seq_len=seq_len, pad_id=tokenizer.pad_id, seed=seed, token_weights=token_weights)
+    return pack_rows(train), pack_rows(val) if any(len(held_out) for _, held_out in val) else None

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -26,12 +26,16 @@ from groundup.errors import UserError
 Function = Callable[[Any], Any]
 
 
-def map_in_order(make: Callable[[], Function], tasks: Iterable[Any], workers: int) -> Iterator[Any]:
+def map_in_order(make: Callable[[], Function], tasks: Iterable[Any], workers: int) -> Generator[Any]:
     """Results of make()(task) for each task, in order; make is pickled and runs once in each of `workers` processes.
 
-    At most 2 x workers tasks are under way, so memory stays flat however slowly the results are taken. An exception
-    in a child is raised here as a UserError. Children end when the iterator is exhausted, closed or interrupted.
+    workers 0 does the work here, without a process. At most 2 x workers tasks are under way, so memory stays flat
+    however slowly the results are taken. An exception in a child is raised here as a UserError. Children end when the
+    iterator is exhausted or closed.
     """
+    if not workers:
+        yield from map(make(), tasks)
+        return
     children = [_start() for _ in range(workers)]
     idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
     threads = ThreadPoolExecutor(workers, thread_name_prefix="pool")
@@ -68,8 +72,17 @@ def _start() -> subprocess.Popen[bytes]:
 
 def _send(child: subprocess.Popen[bytes], message: Any) -> None:
     assert child.stdin
-    pickle.dump(message, child.stdin, protocol=pickle.HIGHEST_PROTOCOL)
-    child.stdin.flush()
+    try:
+        pickle.dump(message, child.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+        child.stdin.flush()
+    except BrokenPipeError:
+        raise _dead(child) from None
+
+
+def _dead(child: subprocess.Popen[bytes]) -> UserError:
+    code = child.wait()
+    why = f"died with code {code}" + (" (killed, perhaps out of memory)" if code == -signal.SIGKILL else "")
+    return UserError("a worker process", why, "try again with fewer workers")
 
 
 def _ask(idle: queue.SimpleQueue[subprocess.Popen[bytes]], task: Any) -> Any:
@@ -78,10 +91,8 @@ def _ask(idle: queue.SimpleQueue[subprocess.Popen[bytes]], task: Any) -> Any:
         _send(child, task)
         assert child.stdout
         good, answer = pickle.load(child.stdout)
-    except (EOFError, BrokenPipeError, pickle.UnpicklingError):
-        code = child.wait()
-        why = f"died with code {code}" + (" (killed, perhaps out of memory)" if code == -signal.SIGKILL else "")
-        raise UserError("a worker process", why, "try again with fewer workers") from None
+    except (EOFError, pickle.UnpicklingError):
+        raise _dead(child) from None
     finally:
         idle.put(child)
     if not good:

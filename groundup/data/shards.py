@@ -14,8 +14,8 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -179,29 +179,28 @@ def _encoded(
     max_len: int | None,
     workers: int,
     progress: Progress | None,
-) -> Iterator[Encoded]:
+) -> Generator[Encoded]:
     """Every chunk's arrays in order, faults named by file:line; the reader's own faults come last of a source."""
     total = sum(file.stat().st_size for reading in readings for file in open_source(reading.path).files)
+    processes = 0 if workers == 1 or total < ALONE else workers
     done = 0
     for reading in readings:
         bad = Faults()
-        make = partial(Worker, reading, tokenizer, kind, max_len)
         sent: list[Chunk] = []
         tasks = _remembered(chunks(reading, bad), sent)
-        alone = workers == 1 or total < ALONE
-        results = map(make(), tasks) if alone else map_in_order(make, tasks, workers)
         file, before = Path(), 0  # lines of this file in the chunks before
-        for result in results:
-            chunk = sent.pop(0)
-            if chunk.file != file:
-                file, before = chunk.file, 0
-            for faults in (result.bad, result.dropped):
-                faults.first = [_named(fault, file, before) for fault in faults.first]
-            before += result.lines
-            yield result
-            done += chunk.stop - chunk.start if isinstance(chunk, ByteRange) else chunk.size
-            if progress:
-                progress(min(done, total), total)
+        with closing(map_in_order(partial(Worker, reading, tokenizer, kind, max_len), tasks, processes)) as results:
+            for result in results:
+                chunk = sent.pop(0)
+                if chunk.file != file:
+                    file, before = chunk.file, 0
+                for faults in (result.bad, result.dropped):
+                    faults.first = [_named(fault, file, before) for fault in faults.first]
+                before += result.lines
+                yield result
+                done += chunk.stop - chunk.start if isinstance(chunk, ByteRange) else chunk.size
+                if progress:
+                    progress(min(done, total), total)
         if bad.count:
             yield replace(encode_rows([], tokenizer, kind), bad=bad)
     if progress:
@@ -218,7 +217,7 @@ def _named(fault: Fault, file: Path, before: int) -> Fault:
     return Fault(f"{file}:{before + fault.where}", fault.why, fault.fix) if isinstance(fault.where, int) else fault
 
 
-def _build(folder: Path, encoded: Iterator[Encoded], kind: str, dtype: Any, on_bad: OnBad) -> TokenShards:
+def _build(folder: Path, encoded: Generator[Encoded], kind: str, dtype: Any, on_bad: OnBad) -> TokenShards:
     """Write the arrays into a folder beside, and rename it when all is on disk."""
     for left in folder.parent.glob(f".{folder.name}.tmp-*"):
         shutil.rmtree(left, ignore_errors=True)  # of a builder that was killed: we hold its lock
@@ -245,8 +244,7 @@ def _build(folder: Path, encoded: Iterator[Encoded], kind: str, dtype: Any, on_b
             folder.parent, why, "free some space or give another cache folder; nothing was changed"
         ) from error
     finally:
-        if hasattr(encoded, "close"):
-            encoded.close()  # ends the workers now, also after Ctrl-C
+        encoded.close()  # ends the workers now, also after Ctrl-C
         shutil.rmtree(temporary, ignore_errors=True)
     shards = TokenShards.open(folder)
     if shards is None:

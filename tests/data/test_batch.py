@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import chat, sentences
+from data_samples import chat, sentences
 
 from groundup.data.batch import IGNORE, Batch, Loader, PackedDataset, open_dataset
 from groundup.data.mix import Source

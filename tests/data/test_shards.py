@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
-from conftest import chat, sentences
+from data_samples import chat, sentences
 
 from groundup.data import chunks, shards
 from groundup.data.encode import cut_text
