@@ -22,19 +22,18 @@ class Format:
     """needs: sets of keys, any one of which makes a row of this format. spelled: what a message must say besides."""
 
     name: str
-    needs: tuple[frozenset[str], ...]
+    needs: tuple[tuple[str, ...], ...]
     parse: Callable[[dict[str, Any]], Row]
     spelled: str = ""
 
     def fits(self, row: Mapping[str, Any]) -> bool:
-        """Does the row have the keys, empty or not?"""
-        return any(need <= row.keys() for need in self.needs) or (
-            self.parse is evaluation.exam and any(need <= {key.lower() for key in row} for need in self.needs)
-        )
+        """Does the row have the keys, empty or not? Exams spell theirs in any case."""
+        keys = {key.lower() for key in row} if self.parse is evaluation.exam else row.keys()
+        return any(keys >= set(need) for need in self.needs)
 
 
 def _format(name: str, parse: Callable[[dict[str, Any]], Row], *needs: str, spelled: str = "") -> Format:
-    return Format(name, tuple(frozenset(need.split()) for need in needs), parse, spelled)
+    return Format(name, tuple(tuple(need.split()) for need in needs), parse, spelled)
 
 
 FORMATS = {
@@ -81,10 +80,8 @@ def unknown_keys(row: Mapping[str, Any]) -> RowError:
     known = {key: one.name for one in reversed(FORMATS.values()) for need in one.needs for key in need}
     meant = [f"`{near[0]}` for `{key}`" for key in row if (near := difflib.get_close_matches(str(key), known, 1))]
     hint = f"did you mean {', '.join(meant[:3])}? " if meant else ""
-    formats = "; ".join(
-        f"{one.name}: {' or '.join('+'.join(sorted(n)) for n in one.needs)}" for one in FORMATS.values()
-    )
-    return RowError(f"no known format has the keys: {found}", f"{hint}known are {formats}")
+    formats = ", ".join(f"{one.name} ({'+'.join(one.needs[0])})" for one in FORMATS.values())
+    return RowError(f"no known format has the keys: {found}", f"{hint}known formats: {formats}")
 
 
 def by_name(name: str) -> Format:

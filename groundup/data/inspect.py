@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from groundup.tokenizer import Tokenizer
 
-_OWN_VOCABULARY, _OWN_BYTES = 6400, 4_000_000
+_OWN_VOCABULARY, _OWN_BYTES = 6400, 1_000_000
 _SHOWN = 1200  # characters of a sample on the terminal
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from groundup.data.messages import RowError
-from groundup.data.records import Record, broken_json, broken_utf8, too_long
+from groundup.data.records import Record, broken_utf8, too_long
 from groundup.errors import UserError
 
 _CHUNK = 1 << 20
@@ -96,14 +96,14 @@ class _Text:
                 if cut and self.fill():
                     continue
                 line = self.line + self.buffer.count("\n", self.at, error.pos)
-                fault = broken_json(ValueError(error.msg), "repair the list there, or write one JSON object a line")
-                raise UserError(f"{self.path}:{line}", fault.why, fault.fix) from None
-            except RecursionError:
-                raise self.broken("nested too deep") from None
+                raise self.broken(error.msg, line) from None
+            except (ValueError, RecursionError) as error:  # an integer of over 4,300 digits, or nesting
+                raise self.broken(f"nested too deep, or a number too long ({error})") from None
             self.line += self.buffer.count("\n", self.at, end)
             self.at = end
             return value
 
-    def broken(self, what: str) -> UserError:
+    def broken(self, what: str, line: int = 0) -> UserError:
+        """The error for a list that cannot be read on; line: where, if not here."""
         fix = "repair the list there, or write one JSON object a line"
-        return UserError(f"{self.path}:{self.line}", f"broken JSON list: {what}", fix)
+        return UserError(f"{self.path}:{line or self.line}", f"broken JSON in the list: {what}", fix)

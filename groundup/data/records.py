@@ -137,17 +137,18 @@ def _json_lines(stream: IO[bytes], limit: int) -> Iterator[Record]:
             yield Record(number, None, broken_utf8(offset + error.start))
         except ValueError as error:
             if raw.strip():
-                yield Record(number, None, broken_json(error, "write one JSON object a line, or one JSON list"))
+                fix = "write one JSON object a line, or one JSON list"
+                yield Record(number, None, broken_json(error, len(raw.rstrip()), fix))
         except RecursionError:
             yield Record(number, None, RowError("JSON nested too deep", "flatten the row"))
         else:
             yield _checked(number, value, raw)
 
 
-def broken_json(error: ValueError, fix: str) -> RowError:
-    """The error for JSON that does not parse; the column is where the parser gave up."""
+def broken_json(error: ValueError, length: int, fix: str) -> RowError:
+    """The error for a line of this length that is no JSON; the column is where the parser gave up."""
     if isinstance(error, json.JSONDecodeError):
-        return RowError(f"broken JSON at column {error.colno}: {error.msg}", fix)
+        return RowError(f"broken JSON at column {min(error.pos, length) + 1}: {error.msg}", fix)
     return RowError(f"broken JSON: {error}", fix)  # an integer of more than 4,300 digits
 
 

@@ -119,6 +119,8 @@ def test_parquet_columns_are_keys(tmp_path: Path) -> None:
 
 BROKEN_LINES = [
     (b'{"text": "a"}\n{"text": "b"\n{"text": "c"}\n', ":2", "broken JSON at column"),
+    (b'{"text": "a"}\n{"text": \n{"text": "c"}', ":2", "broken JSON at column 9"),
+    (b'{"text": "a"}\n{"text": ' + b"1" * 5000 + b'}\n{"text": "c"}', ":2", "broken JSON"),
     (b'{"text": "a"}\n\n["x"]\n{"text": "c"}', ":3", "no object"),
     (b'{"text": "a"}\n{"text": "\xb0\xa1"}\n{"text": "c"}', ":2", "byte 24 of the file"),
     (b'{"text": "a"}\n{"txt": "b"}\n{"text": "c"}', ":2", "keys: txt"),
@@ -168,6 +170,7 @@ def test_a_50_mb_line_is_walked_over_without_being_held(tmp_path: Path) -> None:
         ('[{"text": "a"},\n{"text": "b', ":2", "Unterminated"),
         ('[{"text": "a"},\n{"text": "b"}]\n{}', ":3", "follows the end"),
         ('[{"text": "a"},\n' + '{"x":' * 100_000 + "]", ":2", "deep"),
+        ('[{"text": "a"},\n{"x":' + "1" * 5000 + "}]", ":2", "too long"),
         ('[{"text": "a"},\n{"text": "' + "x" * 9_000_000 + '"}]', ":2", "over the limit"),
     ],
 )
