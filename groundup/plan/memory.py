@@ -1,0 +1,212 @@
+"""Will it fit? The memory of a training step, part by part, before the run starts.
+
+Weights, gradients and optimizer state are counted exactly. Activations are probed: a model of this width with one layer
+and one with two run forward over a few tokens, and what autograd keeps is counted, so the estimate follows the code.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from groundup.config import Recipe, load_recipe
+from groundup.errors import UserError
+from groundup.plan.machine import free_memory
+
+if TYPE_CHECKING:
+    import torch
+
+    from groundup.model.config import ModelConfig
+
+PROBE_LENGTHS = (32, 64, 128)  # tokens
+# What allocators lose between tensors: measured 1.1 to 1.4 with glibc (twice that with checkpointing, whose blocks
+# come and go), little with CUDA's pools.
+MARGIN = {"cpu": 1.4, "cuda": 1.1, "mps": 1.2}
+
+
+def estimate(config: ModelConfig, recipe: Recipe, device: torch.device | str = "cpu") -> dict[str, int]:
+    """Bytes of one training step: weights, gradients, optimizer, ema, activations, logits, and total (the peak).
+
+    logits: the chunk of the head with its gradients. The total is less than the sum: activations and all gradients are
+    never there at once, unless gradients accumulate over several passes. Not counted: Python and torch themselves
+    (about 0.4 GB), and what torch.compile takes while it compiles.
+    """
+    import torch
+
+    from groundup.device import pick_dtype
+    from groundup.model.transformer import Transformer
+    from groundup.ops.loss import default_chunk
+    from groundup.optim.build import param_groups
+
+    device, train = torch.device(device), recipe.train
+    with torch.device("meta"):
+        model = Transformer(config)
+    groups = param_groups(model, muon=recipe.optim.name == "muon")
+    numbers = {name: sum(p.numel() for p in group) for name, group in groups.items()}
+    weights = 4 * sum(numbers.values())
+    shape = replace(config, num_hidden_layers=1, vocab_size=64, rope_scaling=None, eos_token_id=None)
+    layer, trunk = (curve.bytes_of(train.batch_size, train.seq_len) for curve in _probe(shape, device, train.dtype))
+    tokens, depth = train.batch_size * train.seq_len, config.num_hidden_layers
+    inputs = 4 * tokens * config.hidden_size  # what recomputing a layer starts from
+    recomputed = layer if train.activation_checkpointing else 0
+    chunk = min(tokens, default_chunk(torch.empty(config.vocab_size, 0, device=device)))
+    half = pick_dtype(train.dtype, device) != torch.float32
+    head = 4 * model.head_weight.numel()
+    parts = {
+        "weights": weights,
+        "gradients": weights,
+        "optimizer": 4 * numbers["muon"] + 8 * (numbers["decay"] + numbers["plain"]),
+        "ema": weights if train.ema else 0,
+        "activations": trunk + depth * (inputs if recomputed else layer),
+        # logits, their softmax and one copy; the gradients of hidden states and head, the head's once more as it grows
+        "logits": (16 if half else 12) * chunk * config.vocab_size + inputs + 2 * head,
+    }
+    kept = weights if train.accumulate > 1 else 0  # gradients of the passes before
+    # Going back through a layer, the gradients of gate, up and their product are the widest to stand beside it.
+    working = recomputed + 12 * tokens * config.intermediate_size + head
+    passing = max(parts["activations"] + kept + max(parts["logits"], working), weights + layer)
+    return parts | {"total": parts["weights"] + parts["optimizer"] + parts["ema"] + passing}
+
+
+class _Curve:
+    """Bytes that autograd keeps for rows of T tokens: constant + rows * (linear * T + square * T^2)."""
+
+    def __init__(self, lengths: Sequence[int], sizes: Sequence[float]) -> None:
+        import numpy
+
+        self.square, self.linear, self.constant = (float(c) for c in numpy.polyfit(lengths, sizes, 2))
+
+    def bytes_of(self, rows: int, length: int) -> int:
+        return round(self.constant + rows * length * (self.linear + self.square * length))
+
+
+@functools.lru_cache(maxsize=16)
+def _probe(shape: ModelConfig, device: torch.device, dtype_name: str) -> tuple[_Curve, _Curve]:
+    """(one layer, what surrounds the layers) of models of this shape."""
+    from groundup.device import pick_dtype
+
+    dtype = pick_dtype(dtype_name, device)
+    one, two = (
+        [_saved_bytes(replace(shape, num_hidden_layers=depth), length, device, dtype) for length in PROBE_LENGTHS]
+        for depth in (1, 2)
+    )
+    layer = [b - a for a, b in zip(one, two, strict=True)]
+    return _Curve(PROBE_LENGTHS, layer), _Curve(PROBE_LENGTHS, [a - c for a, c in zip(one, layer, strict=True)])
+
+
+def _saved_bytes(config: ModelConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> int:
+    """Bytes that a forward pass over one packed row keeps for the backward pass, weights left out."""
+    import torch
+
+    from groundup.device import autocast
+    from groundup.model.transformer import Transformer
+
+    model = Transformer(config).to(device)
+    known = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, torch.Tensor] = {}  # holding the tensors: an address is not given out twice
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        address = tensor.untyped_storage().data_ptr()
+        if address not in known:
+            kept.setdefault(address, tensor)
+        return tensor
+
+    places_BT = torch.arange(tokens, device=device)[None]
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t), autocast(device, dtype):
+        model.hidden(places_BT % config.vocab_size, places_BT, torch.zeros_like(places_BT, dtype=torch.int32))
+    return sum(t.untyped_storage().nbytes() for t in kept.values())
+
+
+def check_fits(config: ModelConfig, recipe: Recipe, device: torch.device | str = "cpu") -> dict[str, int]:
+    """The estimate, where it fits into the free memory of the device; else UserError with settings that do fit."""
+    import torch
+
+    device = torch.device(device)
+    needs, free = estimate(config, recipe, device), free_memory(device)
+    if _taken(needs, device) <= free:
+        return needs
+    train = recipe.train
+    why = (
+        f"{train.batch_size} rows of {train.seq_len} tokens need about {_size(_taken(needs, device))}, "
+        f"{device} has {_size(free)} free (weights, gradients and optimizer take {_size(_fixed(needs))})"
+    )
+    raise UserError("train.batch_size", why, suggest(config, recipe, device, free))
+
+
+def suggest(config: ModelConfig, recipe: Recipe, device: torch.device | str, free: int) -> str:
+    """The least change of the recipe that fits into `free` bytes, with the same rows in each optimizer step."""
+    import torch
+
+    device, tried, taken = torch.device(device), recipe, 0
+    for tried, changes in _smaller(recipe):
+        taken = _taken(estimate(config, tried, device), device)
+        if taken <= free:
+            return "use " + " ".join(changes)
+    least = f"even {tried.train.batch_size} row of {tried.train.seq_len} tokens with activation checkpointing"
+    return f"choose a smaller model: {least} needs {_size(taken)}"
+
+
+def _smaller(recipe: Recipe) -> Iterator[tuple[Recipe, list[str]]]:
+    """Ever smaller recipes, the cheapest changes first: fewer rows a pass, then recomputation, then shorter rows."""
+    train = recipe.train
+    rows = train.batch_size * train.accumulate
+    sizes = [b for b in range(train.batch_size, 0, -1) if rows % b == 0]
+    lengths = [length for length in (train.seq_len, train.seq_len // 2, train.seq_len // 4) if length >= 64]
+    for length in lengths or [train.seq_len]:
+        for recompute in (False, True) if not train.activation_checkpointing else (True,):
+            for size in sizes:
+                new: dict[str, Any] = {"batch_size": size, "accumulate": rows // size, "seq_len": length}
+                new["activation_checkpointing"] = recompute
+                changes = [f"train.{k}={str(v).lower()}" for k, v in new.items() if v != getattr(train, k)]
+                yield recipe.model_copy(update={"train": train.model_copy(update=new)}), changes
+
+
+def plan_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """What a recipe needs on this machine: bytes by part, free bytes, whether it fits, and what to change if not."""
+    from groundup.device import pick_device
+    from groundup.model.config import num_parameters
+
+    recipe = load_recipe(path, overrides)
+    config, device = model_config(recipe), pick_device(recipe.train.device)
+    needs, free = estimate(config, recipe, device), free_memory(device)
+    taken = _taken(needs, device)
+    return {
+        "model": recipe.model,
+        "parameters": num_parameters(config),
+        "device": str(device),
+        **{f"{part}_bytes": size for part, size in needs.items()},
+        "free_bytes": free,
+        "fits": taken <= free,
+        "summary": f"needs about {_size(taken)}, {_size(free)} free",
+        **({} if taken <= free else {"advice": suggest(config, recipe, device, free)}),
+    }
+
+
+def model_config(recipe: Recipe) -> ModelConfig:
+    """The shape of a recipe's model: a folder's own, or a preset with the vocabulary of the recipe's tokenizer."""
+    from groundup.model.config import ModelConfig
+    from groundup.model.presets import preset
+
+    if Path(recipe.model).is_dir():
+        return ModelConfig.from_dir(recipe.model)
+    if recipe.tokenizer is None:
+        return preset(recipe.model)
+    from groundup.tokenizer import load_tokenizer
+
+    return preset(recipe.model, load_tokenizer(recipe.tokenizer).vocab_size)
+
+
+def _taken(needs: dict[str, int], device: torch.device) -> int:
+    """What the process will take for tensors of this total."""
+    return round(MARGIN.get(device.type, 1.2) * needs["total"])
+
+
+def _fixed(needs: dict[str, int]) -> int:
+    return sum(needs[part] for part in ("weights", "gradients", "optimizer", "ema"))
+
+
+def _size(count: float) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
