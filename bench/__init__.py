@@ -1,0 +1,1 @@
+"""How fast is it, and against what? Start with `python -m bench.train`; docs/SPEED.md explains the figures."""

@@ -1,0 +1,1 @@
+"""The parts of `python -m bench.train`: each has `run(options, material) -> dict` and `show(result) -> Table`."""
