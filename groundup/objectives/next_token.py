@@ -11,14 +11,15 @@ from groundup.ops.loss import linear_cross_entropy
 IGNORE = -100  # the label of a position that is not trained
 
 
-def next_token(hidden_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor) -> tuple[Tensor, Tensor]:
+def next_token(
+    hidden_BTD: Tensor, head_VD: Tensor, labels_BT: Tensor, weights_BT: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """(sum of -log p(label) in nats, number of labels), over the labels that are not -100.
 
     labels_BT[b, t] is the token that follows position t. The B x T x V logits are never kept. Dividing is left to the
-    loop, which alone knows the count of the whole global batch.
+    loop, which alone knows the count of the whole global batch. weights_BT: a factor for each label's loss.
     """
-    labels_N = labels_BT.reshape(-1)
-    return linear_cross_entropy(hidden_BTD.reshape(-1, hidden_BTD.size(-1)), head_VD, labels_N), trained(labels_N)
+    return linear_cross_entropy(hidden_BTD, head_VD, labels_BT, weights_N=weights_BT), trained(labels_BT)
 
 
 def trained(labels: Tensor) -> Tensor:
@@ -26,6 +27,6 @@ def trained(labels: Tensor) -> Tensor:
     return (labels != IGNORE).sum()
 
 
-def bits_per_byte(nats: float, tokens: int, tokens_per_byte: float) -> float:
-    """Nats summed over `tokens` tokens, as bits per UTF-8 byte of their text: comparable across tokenizers."""
-    return nats / max(tokens, 1) * tokens_per_byte / math.log(2)
+def bits_per_byte(nats_per_token: float, tokens_per_byte: float) -> float:
+    """A mean loss as bits per UTF-8 byte of the text behind it: comparable across tokenizers."""
+    return nats_per_token * tokens_per_byte / math.log(2)

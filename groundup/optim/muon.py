@@ -59,14 +59,15 @@ class Muon(torch.optim.Optimizer):
 
     def _move(self, params: list[Tensor], group: dict[str, Any]) -> None:
         """Move matrices of one shape together: one batched product in place of many small ones."""
-        grads = [p.grad for p in params]
+        grads = [p.grad for p in params if p.grad is not None]
         buffers = [self._buffer(p) for p in params]
         torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, buffers, group["momentum"])  # Nesterov: look ahead along the momentum
         rows, columns = params[0].shape
         torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
         if params[0].is_cuda or rows * columns <= 2**16:
-            moves = orthogonalize(torch.stack(updates), group["steps"]).to(params[0].dtype).unbind()
+            stacked = orthogonalize(torch.stack(updates), group["steps"]).to(params[0].dtype)
+            moves = list(stacked.unbind())
         else:  # a large product fills a CPU alone
             moves = [orthogonalize(u, group["steps"]).to(u.dtype) for u in updates]
         torch._foreach_add_(params, moves, alpha=-group["lr"] * math.sqrt(max(1.0, rows / columns)))
