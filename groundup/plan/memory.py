@@ -104,7 +104,8 @@ def _saved_bytes(config: ModelConfig, tokens: int, device: torch.device, dtype: 
     from groundup.device import autocast
     from groundup.model.transformer import Transformer
 
-    model = Transformer(config).to(device)
+    with torch.random.fork_rng(devices=[]):  # whoever asks must not find other random numbers afterwards
+        model = Transformer(config).to(device)
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}  # holding the tensors: an address is not given out twice
 
