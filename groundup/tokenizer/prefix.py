@@ -39,7 +39,10 @@ def spans_by_prefix(
     return spans
 
 
-_FIX = "put {% generation %} and {% endgeneration %} around what the assistant says, in chat_template.jinja"
+_FIX = (
+    "put {% generation %} and {% endgeneration %} around what the assistant says, in chat_template.jinja, "
+    "or make each user turn a chat of its own"
+)
 
 
 def _agreement(text: str, head: str, prompt: str, control: re.Pattern[str]) -> tuple[int | None, str]:
