@@ -62,6 +62,7 @@ def call(seed: int, name: str, arguments: dict[str, str]) -> str:
 
 def episode(rng: Random, seed: int, language: str, held_out: bool) -> ToolEpisode:
     """A question, the tool call, its result and the answer, about a combination on the given side of the split."""
+    key: tuple[object, object]
     while True:
         if rng.random() < 0.5:
             left, sign, right = rng.randint(100, 999), rng.choice(list(OPERATIONS)), rng.randint(10, 99)

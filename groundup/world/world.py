@@ -7,13 +7,12 @@ for the later stages. No combination on the held-out side of the split (split.py
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import TypeVar
 
-from groundup.world import dialogues, identity, reasoning, tools, write
+from groundup.world import dialogues, identity, reasoning, tools, vocabulary, write
 from groundup.world.kinds.arithmetic import Arithmetic, StorySums
 from groundup.world.kinds.calendar import Calendar
 from groundup.world.kinds.counting import Counting
@@ -30,7 +29,7 @@ from groundup.world.words import LANGUAGES
 T = TypeVar("T")
 
 # kind -> weight in pretraining text, train questions a language, held-out questions a language
-PLAN = {
+PLAN: dict[str, tuple[float, int, int]] = {
     "recall": (6.0, 1200, 60),
     "kinship": (2.0, 600, 20),
     "grandparents": (1.0, 300, 15),
@@ -90,7 +89,8 @@ class World:
 
     def _questions_of(self, name: str, split: str, language: str) -> list[Question]:
         rng = random_for(self.seed, "questions", split, language, name)
-        count = PLAN[name][1 if split == "train" else 2]
+        _, train_count, heldout_count = PLAN[name]
+        count = train_count if split == "train" else heldout_count
         found: dict[str, str] = {}
         for _ in range(20 * count):  # some kinds have fewer questions than the plan wants
             question, answer = self.kinds[name].ask(rng, language, held_out=split == "heldout")
@@ -179,14 +179,11 @@ class World:
         while True:
             yield tools.episode(rng, self.seed, language, split == "heldout")
 
-    def tokenizer_texts(self, count: int = 20_000, seed: int = 0) -> Iterator[str]:
-        """What a tokenizer should see: documents, the words of the chats, and those of the chat template."""
-        yield from self.documents(count, seed)
-        for chat in self.chats(count // 10, seed):
-            for message in chat.messages:
-                yield f"{message['role']}\n"
-                yield message["content"]
-        yield from [json.dumps(tools.TOOLS)] * (count // 400)
+    def tokenizer_texts(self, count: int = 10_000, seed: int = 0) -> Iterator[str]:
+        """What to train a tokenizer on: `count` documents and as many chats, with the words of the world set apart."""
+        yield from vocabulary.word_list()
+        yield from vocabulary.set_apart(self.documents(count, seed))
+        yield from vocabulary.set_apart(vocabulary.spoken(self.chats(count, seed)))
 
     def write(
         self, folder: str | Path, documents: int = 60_000, chats: int = 8_000, later: int = 1_000, seed: int = 0

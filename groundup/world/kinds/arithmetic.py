@@ -9,7 +9,7 @@ from groundup.world.people import Person
 from groundup.world.split import held_out as is_held_out
 from groundup.world.words import FRUITS
 
-LARGEST = 30  # of each of the two numbers of a sum
+LARGEST = 49  # of each of the two numbers of a sum, so that sums have two digits
 SUMS: Templates = {
     "en": ["{a}+{b}=?", "What is {a}+{b}?", "How much is {a} plus {b}?"],
     "zh": ["{a}+{b}=?", "{a}+{b}等于多少？", "{a}加{b}等于几？"],
