@@ -78,7 +78,7 @@ def generate(
     """
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else params
     requests = [
-        _request(model, tokenizer, p, s, f"prompt {i}") for i, (p, s) in enumerate(zip(prompts, each, strict=True))
+        _request(model, tokenizer, p, s, f"prompt {i}") for i, (p, s) in enumerate(zip(prompts, each, strict=True), 1)
     ]
     for batch in _batches(requests):
         for _ in _decode(model, batch):
