@@ -53,7 +53,7 @@ def test_no_request_changes_another(
 
 
 def test_rows_that_end_early_leave_the_others_alone(model: Transformer, tokenizer: Tokenizer, prompts: Prompts) -> None:
-    """Different lengths for each request: rows leave the batch one after the other, and the cache grows for the last."""
+    """Each request has its own length: rows leave the batch in turn, and the cache grows for the last."""
     each = [SamplingParams(max_tokens=1 + 11 * i, ignore_eos=True) for i in range(len(prompts))]
     together = generate(model, tokenizer, prompts, each)
     assert [len(c.ids) for c in together] == [p.max_tokens for p in each]

@@ -104,8 +104,8 @@ def test_the_last_draw_is_still_a_kept_token() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("temperature", -1.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1), ("min_p", 2.0),
-     ("max_tokens", 0), ("repetition_penalty", 0.0), ("stop", ["a", ""])],
+    [("temperature", -1.0), ("temperature", float("nan")), ("top_p", 0.0), ("top_p", 1.5), ("top_k", -1),
+     ("min_p", 2.0), ("max_tokens", 0), ("repetition_penalty", 0.0), ("stop", ["a", ""])],
 )  # fmt: skip
 def test_values_out_of_range_are_named(name: str, value: object) -> None:
     with pytest.raises(UserError, match=name):
