@@ -60,7 +60,7 @@ def quickstart(
     as_json: Json = False,
 ) -> None:
     """Zero to chat: tokenizer, pretraining, fine-tuning, evaluation and a report, within a budget of minutes."""
-    from groundup.quickstart import quickstart as run
+    from groundup.quickstart.run import quickstart as run
 
     if more_data and not data:
         raise UserError(more_data[0], "unexpected argument", "give own files after --data")

@@ -5,6 +5,8 @@ Head dims stay within {32, 64, 80, 96, 128}: the ones that every engine we expor
 
 from __future__ import annotations
 
+import re
+
 from groundup.errors import UserError
 from groundup.model.config import ModelConfig
 
@@ -19,9 +21,11 @@ PRESETS: dict[str, tuple[int, int, int, int, int, int]] = {
 
 
 def preset(name: str, vocab_size: int = 6400) -> ModelConfig:
-    """The config of a named size. UserError for an unknown name."""
+    """The config of a named size, or of `depth-N` (see scaled). UserError for an unknown name."""
+    if match := re.fullmatch(r"depth-(\d+)", name):
+        return scaled(int(match[1]), vocab_size)
     if name not in PRESETS:
-        raise UserError(f"model={name}", "no such preset", f"one of {', '.join(PRESETS)}, or a model folder")
+        raise UserError(f"model={name}", "no such preset", f"one of {', '.join(PRESETS)}, depth-N, or a model folder")
     width, layers, heads, kv_heads, head_dim, ffn = PRESETS[name]
     return ModelConfig(
         vocab_size=vocab_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +26,8 @@ STEPS = 1500  # wanted in a stage: the batch grows when there is time for more
 LR, LR_WIDTH = 3e-3, 128  # AdamW's peak at that width; falls with the square root of the width
 MUON_LR = 0.02  # Muon's steps are scaled by the shape of each matrix: the width leaves it alone
 SFT_LR_RATIO = 0.5
+MAX_EPOCHS = 4.0  # over own files: repeating text more often teaches little (Muennighoff et al. 2023, arXiv 2305.16264)
+OPTIM = {"name": "muon", "schedule": "linear", "warmup": 0.02, "min_lr_ratio": 0.02}
 SAVING = 0.97  # of the time goes into steps; the rest into checkpoints and held-out losses
 # Share of the matrix-product peak that a step reaches, by millions of parameters; between them by interpolation.
 SHARE_OF_PEAK = ((1.0, 0.40), (5.0, 0.55), (26.0, 0.65), (100.0, 0.70))
@@ -103,11 +105,14 @@ def plan_quickstart(
     depth: int | None = None,
     vocab_size: int = 6400,
     *,
+    available: Mapping[str, float | None] | None = None,
     tokens_per_second: Rate | None = None,
     peak: float | None = None,
 ) -> QuickstartPlan:
     """Derive model, batch, tokens and learning rates from minutes of training.
 
+    available: tokens that the data of "pretrain" and "sft" hold; None (or absent): as many as wanted, 0: no such stage.
+    A stage whose data is short takes less time, and the model is made deeper to use it.
     tokens_per_second: measures a model on this machine (`measure_step`); it is asked once, for the chosen depth.
     peak: the machine's matrix-product rate in FLOP/s, from which speeds are guessed; measured here if not given.
     depth: layers instead of what fits. Raises UserError when minutes is not positive or depth is under 1.
@@ -122,15 +127,18 @@ def plan_quickstart(
         device = pick_device()
         peak = peak_flops(str(device), "bf16" if device.type == "cuda" else "fp32")
     seconds = 60 * minutes * SAVING
-    chosen = depth or _deepest(seconds * PRETRAIN_SHARE, vocab_size, peak)
+    limits = {name: _limit((available or {}).get(name)) for name in ("pretrain", "sft")}
+    shares = _shares(limits)
+    chosen = depth or _deepest(seconds, shares, limits, vocab_size, peak)
     config = scaled(chosen, vocab_size)
     guess = guessed_rate(config, SEQ_LEN, peak)
-    batch_size = _batch_size(guess * seconds * min(PRETRAIN_SHARE, SFT_SHARE))
+    batch_size = _batch_size(guess * seconds * min(share for share in shares.values() if share))
     rate = tokens_per_second(config, batch_size, SEQ_LEN) if tokens_per_second else guess
     lr = LR * (LR_WIDTH / config.hidden_size) ** 0.5
 
-    def stage(share: float, factor: float) -> StagePlan:
-        steps = max(1, int(rate * seconds * share / (batch_size * SEQ_LEN)))
+    def stage(name: str, factor: float) -> StagePlan:
+        wanted = min(rate * seconds * shares[name], limits[name])
+        steps = max(1, int(wanted / (batch_size * SEQ_LEN))) if wanted else 0
         tokens = steps * batch_size * SEQ_LEN
         return StagePlan(tokens / rate, tokens, steps, lr * factor, MUON_LR * factor)
 
@@ -141,23 +149,44 @@ def plan_quickstart(
         seq_len=SEQ_LEN,
         batch_size=batch_size,
         tokens_per_second=rate,
-        pretrain=stage(PRETRAIN_SHARE, 1.0),
-        sft=stage(SFT_SHARE, SFT_LR_RATIO),
+        pretrain=stage("pretrain", 1.0),
+        sft=stage("sft", SFT_LR_RATIO),
     )
 
 
-def _deepest(seconds: float, vocab_size: int, peak: float) -> int:
-    """The deepest model that sees TOKENS_PER_PARAMETER tokens for each of its parameters in the time."""
+def _limit(available: float | None) -> float:
+    """Most tokens that a stage may see."""
+    return float("inf") if available is None else MAX_EPOCHS * available
+
+
+def _shares(limits: Mapping[str, float]) -> dict[str, float]:
+    """Each stage's share of the time; a stage without data leaves its share to the other."""
+    wanted = {"pretrain": PRETRAIN_SHARE, "sft": SFT_SHARE}
+    total = sum(share for name, share in wanted.items() if limits[name])
+    if not total:
+        raise UserError("--data", "holds no token to train on", "give text or chat files")
+    return {name: share / total if limits[name] else 0.0 for name, share in wanted.items()}
+
+
+def _deepest(
+    seconds: float, shares: Mapping[str, float], limits: Mapping[str, float], vocab_size: int, peak: float
+) -> int:
+    """The deepest model that sees TOKENS_PER_PARAMETER tokens for each of its parameters in the time.
+
+    Where the data runs out before the time does, the shallowest model that no longer runs out, if that is deeper.
+    """
     from groundup.model.config import num_parameters
     from groundup.model.presets import scaled
 
-    fitting = [
-        depth
-        for depth in DEPTHS
-        if guessed_rate(config := scaled(depth, vocab_size), SEQ_LEN, peak) * seconds
-        >= TOKENS_PER_PARAMETER * num_parameters(config)
-    ]
-    return max(fitting, default=DEPTHS[0])
+    enough, short = [], []
+    for depth in DEPTHS:
+        config = scaled(depth, vocab_size)
+        in_time = guessed_rate(config, SEQ_LEN, peak) * seconds
+        if in_time >= TOKENS_PER_PARAMETER * num_parameters(config):
+            enough.append(depth)
+        if any(in_time * shares[name] > limits[name] > 0 for name in limits):
+            short.append(depth)
+    return max([DEPTHS[0], *enough, *(min(depth + 1, DEPTHS[-1]) for depth in short)])
 
 
 def _batch_size(tokens: float) -> int:

@@ -1,0 +1,1 @@
+"""How do the parts make one run? Open run.py."""
