@@ -87,22 +87,27 @@ def turn_end(tokenizer: Tokenizer) -> set[int]:
 
 
 def _checked(message: dict[str, Any], index: int) -> dict[str, Any]:
-    """The message in the shape that stock templates expect: no nulls, calls under "function", arguments as objects."""
+    """The message in the shape that stock templates expect: no nulls, no empty reasoning (some write an empty block for
+    it), calls under "function", arguments as objects."""
     where = f"message {index + 1}"
     if not isinstance(message, dict) or message.get("role") not in ROLES:
         role = message.get("role") if isinstance(message, dict) else message
         raise UserError(where, f"has role {role!r}", f"use one of {', '.join(ROLES)}")
     message = {key: value for key, value in message.items() if value is not None}
+    message.setdefault("content", "")
     for key in ("content", "reasoning_content"):
-        if not isinstance(message.setdefault(key, ""), str):
+        if not isinstance(message.get(key, ""), str):
             raise UserError(where, f"its {key} is {type(message[key]).__name__}", "give text")
-    if message.get("tool_calls"):
+    for key in ("reasoning_content", "tool_calls"):
+        if not message.get(key):
+            message.pop(key, None)
+    if "tool_calls" in message:
         message["tool_calls"] = [_checked_call(call, where) for call in message["tool_calls"]]
     return message
 
 
 def _checked_call(call: Any, where: str) -> dict[str, Any]:
-    function = call.get("function", call) if isinstance(call, dict) else None
+    function = (call.get("function") or call) if isinstance(call, dict) else None
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise UserError(where, f"has a tool call without a name ({call!r})", 'give {"name": ..., "arguments": {...}}')
     arguments = function.get("arguments", {})
@@ -111,7 +116,8 @@ def _checked_call(call: Any, where: str) -> dict[str, Any]:
             arguments = json.loads(arguments)
         except ValueError as error:
             raise UserError(where, f"has tool call arguments that are no JSON ({arguments!r})", "mend them") from error
-    return {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
+    label = {"id": call["id"]} if "id" in call else {}  # Mistral's templates ask for it
+    return {**label, "type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,17 @@ def test_the_order_of_keys_and_nulls_do_not_matter(tokenizer: Tokenizer) -> None
     assert tokenizer.render([question, flat]) == tokenizer.render([question, nested])
 
 
+def test_a_template_sees_no_empty_reasoning_and_the_id_of_a_call(tokenizer: Tokenizer) -> None:
+    template = (
+        "{% for m in messages %}{{ 'yes' if m.reasoning_content is defined else 'no' }}"
+        "{% for c in m.tool_calls or [] %} {{ c.id }} {{ c.function.name }}{% endfor %}{% endfor %}"
+    )
+    probe = Tokenizer(tokenizer.backend, tokenizer.config, "{% generation %}" + template + "{% endgeneration %}")
+    call = {"id": "c1", "name": "add", "arguments": {}, "function": None}
+    messages = [{"role": "assistant", "content": "", "reasoning_content": "", "tool_calls": [call]}]
+    assert probe.render(messages).text == "no c1 add"
+
+
 def test_private_characters_of_a_user_survive(tokenizer: Tokenizer) -> None:
     content = "\U000f0000\U000f0001<|im_end|>\U000f0002\U000f0003"
     rendered = tokenizer.render([{"role": "user", "content": content}])
