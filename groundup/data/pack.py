@@ -45,11 +45,9 @@ class Packing:
 
 def cut(lengths: NDArray[np.integer], seq_len: int) -> Pieces:
     """Every token of every document exactly once, in pieces of at most seq_len tokens."""
-    lengths = lengths.astype(np.int64, copy=False)
     count = -(-lengths // seq_len)
     document = np.repeat(np.arange(len(lengths)), count)
-    first = np.repeat(np.cumsum(count) - count, count)
-    start = (np.arange(len(document)) - first) * seq_len
+    start = (np.arange(len(document)) - np.repeat(np.cumsum(count) - count, count)) * seq_len
     left = lengths[document] - start
     return Pieces(document, start, np.minimum(left, seq_len).astype(np.int32), left > seq_len)
 
@@ -59,11 +57,11 @@ def pack(lengths: NDArray[np.integer], seq_len: int, seed: int = 0) -> Packing:
     if len(lengths) and not 0 < int(lengths.min()) <= int(lengths.max()) <= seq_len:
         raise ValueError(f"a piece is 1 to {seq_len} tokens long, got {lengths.min()} to {lengths.max()}")
     shuffled = permutation(len(lengths), seed)
-    noise = hash64(np.arange(len(lengths)), seed, 1) / 2.0**64
     orders, sizes, rows = [np.zeros(0, np.int64)], [np.zeros(1, np.int64)], 0
     for begin in range(0, len(shuffled), WINDOW):
         window = shuffled[begin : begin + WINDOW]
-        keys = lengths[window] * (1 + JITTER * (2 * noise[window] - 1))
+        noise = hash64(window, seed, 1) / 2.0**63 - 1
+        keys = lengths[window] * (1 + JITTER * noise)
         window = window[np.argsort(-keys, kind="stable")]
         row_of_piece, new_rows = _best_fit(lengths[window].tolist(), seq_len)
         orders.append(window[np.argsort(row_of_piece, kind="stable")])

@@ -23,13 +23,15 @@ from typing import Any
 
 from groundup.errors import UserError
 
+AHEAD = 4  # tasks a worker may be ahead of the slowest one, so that nobody waits on a busy machine
+
 Function = Callable[[Any], Any]
 
 
 def map_in_order(make: Callable[[], Function], tasks: Iterable[Any], workers: int) -> Generator[Any]:
     """Results of make()(task) for each task, in order; make is pickled and runs once in each of `workers` processes.
 
-    workers 0 does the work here, without a process. At most 2 x workers tasks are under way, so memory stays flat
+    workers 0 does the work here, without a process. At most AHEAD x workers tasks are under way, so memory stays flat
     however slowly the results are taken. An exception in a child is raised here as a UserError. Children end when the
     iterator is exhausted or closed.
     """
@@ -46,7 +48,7 @@ def map_in_order(make: Callable[[], Function], tasks: Iterable[Any], workers: in
             idle.put(child)
         for task in tasks:
             pending.append(threads.submit(_ask, idle, task))
-            if len(pending) >= 2 * workers:
+            if len(pending) >= AHEAD * workers:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

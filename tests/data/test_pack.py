@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -67,3 +70,12 @@ def test_more_than_a_window():
 def test_a_piece_longer_than_a_row_is_refused():
     with pytest.raises(ValueError, match="1 to 8 tokens"):
         pack(np.array([3, 9]), 8)
+
+
+@pytest.mark.parametrize("page", ["packing.md", "packing.zh.md"])
+def test_the_experiment_of_the_page_prints_what_the_page_says(page: str, capsys: pytest.CaptureFixture[str]):
+    text = (Path(__file__).parents[2] / "docs" / "learn" / page).read_text(encoding="utf-8")
+    found = re.search(r"```python\n(.*?)```\n```\n(.*?)```", text, re.DOTALL)
+    assert found
+    exec(found[1], {})
+    assert capsys.readouterr().out == found[2]
