@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from train_helpers import small_recipe
 
 from groundup.model.config import ModelConfig
 from groundup.model.io import save_model
@@ -30,9 +31,7 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root, rng = tmp_path_factory.mktemp("ground"), random.Random(0)
     texts = [say(rng, 8, 40) for _ in range(160)]
     turns = [(say(rng, 2, 6), say(rng, 1, 20)) for _ in range(120)]  # answers of very different lengths
-    chats = [
-        {"conversations": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in turns
-    ]
+    chats = [{"conversations": [{"role": "user", "content": q}, {"role": "assistant", "content": a}]} for q, a in turns]
     write_rows(root / "text.jsonl", [{"text": text} for text in texts])
     write_rows(root / "chat.jsonl", chats)
     tokenizer = train_tokenizer(texts, 320)
@@ -52,26 +51,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 def recipe(ground: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
     """recipe(**{"train.steps": 3, "output": "b"}) -> a small pretraining recipe with these keys changed."""
 
-    def make(**changes: Any) -> dict[str, Any]:
-        values: dict[str, Any] = {
-            "stage": "pretrain", "model": str(ground / "model"), "data": str(ground / "text.jsonl"), "output": "run",
-            "cache": str(ground / "cache"),
-            "train": {"steps": 6, "seq_len": 32, "batch_size": 4, "save_every": 2, "eval_every": 3, "eval_rows": 8,
-                      "threads": 1, "device": "cpu"},
-            "optim": {"lr": 3e-3},
-            "eval": {"fraction": 0.1},
-            "log": {"every": 2, "plots": False},
-        }  # fmt: skip
-        for key, value in changes.items():
-            *sections, leaf = key.split(".")
-            node = values
-            for section in sections:
-                node = node[section]
-            node[leaf] = value
-        values["output"] = str(tmp_path / values["output"])
-        return values
-
-    return make
+    return lambda **changes: small_recipe(ground, tmp_path, **changes)
 
 
 @pytest.fixture

@@ -21,8 +21,8 @@ from groundup.model.io import load_model
 from groundup.optim import lr_factor
 from groundup.tokenizer import load_tokenizer
 from groundup.train.ema import EMA
-from groundup.train.pretrain import Pretrain
 from groundup.train.prepare import Flops
+from groundup.train.pretrain import Pretrain
 from groundup.train.stage import Place, TokenStage
 
 Make = Callable[..., dict[str, Any]]
