@@ -56,6 +56,11 @@ class TrainConfig(_Section):
         0.01, ge=0, le=1, description="share of rows that may train nothing before the run stops"
     )
 
+    @field_validator("compile", mode="before")
+    @classmethod
+    def _off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML 1.1 reads the bare word off as false
+
 
 class OptimConfig(_Section):
     """How weights move. Muon takes the 2-D weights inside the blocks, AdamW all others."""

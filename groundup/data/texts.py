@@ -15,25 +15,22 @@ from groundup.tokenizer import report, train_tokenizer
 _REPORTED = 500  # texts of each language that the report measures
 
 
-def texts(paths: Sequence[str | Path], bad: list[tuple[str, str]] | None = None) -> Iterator[str]:
-    """The readable text of every row, file after file, in the memory of one row. Bad rows are noted in `bad`."""
-    for path in paths:
-        for row in read_rows(path, on_bad="count", bad=bad):
-            yield row_text(row)
+def texts(paths: Sequence[str | Path]) -> Iterator[str]:
+    """The readable text of every row, file after file, in the memory of one row. UserError at a bad row."""
+    return (row_text(row) for path in paths for row in read_rows(path))
 
 
 def train_tokenizer_on(paths: Sequence[str | Path], vocab_size: int, output: str | Path) -> dict[str, Any]:
     """Train a tokenizer on files and save it to `output`.
 
-    Returns {output, vocab_size, bad_rows, languages: {language: characters and bytes per token, ...}}.
+    Returns {output, vocab_size, languages: {language: characters and bytes per token, ...}}.
     """
-    bad: list[tuple[str, str]] = []
-    tokenizer = train_tokenizer(texts(paths, bad), vocab_size)
+    tokenizer = train_tokenizer(texts(paths), vocab_size)
     tokenizer.save(output)
     sample: dict[str, list[str]] = defaultdict(list)
-    for text in texts(paths, []):
+    for text in texts(paths):
         kept = sample[language(text)]
         if len(kept) < _REPORTED:
             kept.append(text)
     measured = report(tokenizer, sample)
-    return {"output": str(output), "vocab_size": tokenizer.vocab_size, "bad_rows": len(bad), "languages": measured}
+    return {"output": str(output), "vocab_size": tokenizer.vocab_size, "languages": measured}

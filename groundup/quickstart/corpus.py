@@ -159,7 +159,7 @@ class OwnData:
         """The first questions of the chat files, whose answers the model may have seen."""
         chosen = []
         for path in self.chat:
-            for row in islice(read_rows(path, on_bad="count"), 3):
+            for row in islice(read_rows(path), 3):
                 if isinstance(row, Chat):
                     asked, answered = row.messages[0], row.messages[1]
                     chosen.append({"question": asked["content"], "expected": answered["content"]})
