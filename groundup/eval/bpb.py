@@ -40,7 +40,7 @@ def measure(model: Transformer, dataset: PackedDataset) -> dict[str, float]:
     if not size:
         raise UserError("data", "holds no byte that would be trained", "give texts, or chats with answers")
     return {
-        "bits_per_byte": bits_per_byte(nats, tokens, tokens / size),
+        "bits_per_byte": bits_per_byte(nats / tokens, tokens / size),
         "loss": nats / tokens,
         "tokens": tokens,
         "bytes": size,

@@ -134,7 +134,7 @@ def _question(row: Row, reader: Reader) -> dict[str, Any]:
         asked = as_prompt(row) if isinstance(row, Chat) else row
         messages, tools = asked.messages, asked.tools
     else:
-        raise UserError(reader.where, f"a {type(row).__name__} row is no prompt", "give chats, prompts or text")
+        raise UserError(reader.where, f"{type(row).__name__} rows are no prompts", "give chats, prompts or text")
     if not messages:
         raise UserError(reader.where, "asks nothing", "a row needs a user message")
     if len(messages) == 1 and messages[0]["role"] == "user" and not tools:

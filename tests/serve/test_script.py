@@ -87,9 +87,9 @@ def test_faults(folder: Path, tmp_path: Path, monkeypatch) -> None:
     with pytest.raises(UserError, match=r"p\.jsonl:2"):
         run(folder, file=rows)
     rows.write_text('{"prompt": "a", "completion": "b", "label": true}\n', encoding="utf-8")
-    with pytest.raises(UserError, match=r"p\.jsonl:1: a Unpaired row is no prompt"):
+    with pytest.raises(UserError, match=r"p\.jsonl:1: Unpaired rows are no prompts"):
         run(folder, file=rows)
-    with pytest.raises(UserError, match="prompt 2: .* leave no room"):
+    with pytest.raises(UserError, match=r"prompt 2: .* leave no room"):
         run(folder, "short", "long " * 300)
     rows.write_text('{"messages": [{"role": "system", "content": "s"}, {"role": "user", "content": "q"}]}\n')
     with pytest.raises(UserError, match="--raw"):
