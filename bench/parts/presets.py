@@ -41,7 +41,7 @@ def measure(name: str, options: Options, material: Material, say: Callable[[str]
             "rows": str(material.packed_rows(vocab, options.seq_len, 64 * options.batch)),
             "rows_kind": "packed",
         }
-        | material.spec(material.text, vocab)
+        | material.spec(material.short_text, vocab)
     )
     names, missing = available(options.peers)
     size = multiplied_parameters(config) / 1e6

@@ -54,12 +54,16 @@ def main(spec: dict[str, Any], turns: Turns) -> None:
     model = fabric.setup(model)
     optimizer = fabric.setup_optimizers(optimizer)
 
-    rows = torch.from_numpy(np.load(spec["rows"])["input_ids_BT"])
+    arrays = np.load(spec["rows"])
+    rows, real = torch.from_numpy(arrays["input_ids_BT"]), arrays["doc_ids_BT"][:, 1:] >= 0
     micro, step, done = spec["batch"] // spec["accumulate"], 0, False
     while not done:
+        tokens = 0
         for part in range(spec["accumulate"]):
             first = (step * spec["accumulate"] + part) * micro
-            batch = rows[torch.arange(first, first + micro) % len(rows)].to(fabric.device)
+            chosen = np.arange(first, first + micro) % len(rows)
+            batch = rows[chosen].to(fabric.device)
+            tokens += int(real[chosen].sum())
             last = part == spec["accumulate"] - 1
             with fabric.no_backward_sync(model, enabled=not last):
                 logits = model(batch[:, :-1].contiguous())
@@ -69,7 +73,7 @@ def main(spec: dict[str, Any], turns: Turns) -> None:
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        done = turns.after_step(spec["batch"] * (spec["seq_len"] - 1))
+        done = turns.after_step(tokens)
 
 
 if __name__ == "__main__":

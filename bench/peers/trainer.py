@@ -35,9 +35,8 @@ class TakeTurns(TrainerCallback):
 
     def __call__(self, rows: list[dict[str, Any]]) -> Any:
         batch = self.collate(rows)
-        mask = batch.get("attention_mask")
-        size = batch["input_ids"].numel()
-        self.counts.append((size if mask is None else int(mask.sum()), size))
+        mask = batch.get("attention_mask", batch["labels"] != -100)  # packed rows: all but filler has a label
+        self.counts.append((int(mask.sum()), mask.numel()))
         return batch
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:

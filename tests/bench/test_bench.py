@@ -8,13 +8,13 @@ import sys
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
+
 from bench import material, train
 from bench.flops import flops_per_token, multiplied_parameters
 from bench.measure import Program, ratio
 from bench.parts.minutes import crossing
 from bench.turns import Turns
-from torch.utils.flop_counter import FlopCounterMode
-
 from groundup.model.config import num_parameters
 from groundup.model.presets import PRESETS, preset
 
