@@ -125,6 +125,7 @@ def _machine(recipe: Recipe) -> torch.device:
 
 def _tokenizer(recipe: Recipe) -> Tokenizer:
     if recipe.tokenizer is None and not Path(recipe.model).is_dir():
+        preset(recipe.model)  # an unknown name is what to say first
         fix = "give tokenizer=DIR; make one with groundup tokenizer train FILES --output DIR"
         raise UserError("tokenizer", f"is missing, and the preset {recipe.model} has none of its own", fix)
     return load_tokenizer(recipe.tokenizer or recipe.model)

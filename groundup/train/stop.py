@@ -21,7 +21,7 @@ class Stopped(SystemExit):
 
 
 class StopSignals:
-    """While open, Ctrl-C and SIGTERM are only noted in `signum`; the same signal again ends the process at once."""
+    """While open, Ctrl-C and SIGTERM are only noted in `signum`; a second Ctrl-C ends the process at once."""
 
     def __init__(self) -> None:
         self.signum = 0
@@ -37,6 +37,8 @@ class StopSignals:
             signal.signal(signum, handler)
 
     def _note(self, signum: int, frame: FrameType | None) -> None:
-        signal.signal(signum, lambda *_: os._exit(128 + signum))
+        if signum == self.signum == signal.SIGINT:
+            os._exit(128 + signum)
+        if not self.signum:
+            sys.stderr.write("\nfinishing this step, then saving; Ctrl-C twice leaves at once\n")
         self.signum = signum
-        sys.stderr.write("\nfinishing this step, then saving; once more to leave at once\n")
