@@ -246,17 +246,18 @@ def test_no_usable_row_is_an_error(tokenizer: Tokenizer, write: Write, tmp_path:
             tokenize_files([write("a.jsonl", [row])], tokenizer, "text", tmp_path / "c", on_bad="count")
 
 
-def test_a_full_disk_is_told_and_leaves_nothing(tokenizer: Tokenizer, write: Write, tmp_path: Path):
-    file = write("a.jsonl", sentences(3000))
+def test_a_full_disk_is_told_and_leaves_nothing(small_chunks: None, tokenizer: Tokenizer, write: Write, tmp_path: Path):
+    file = write("a.jsonl", sentences(2000))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # writes beyond fail, as they do on a full disk
     try:
-        with pytest.raises(UserError, match=r"no room left for the tokens.*free some space"):
-            tokenize_files([file], tokenizer, "text", tmp_path / "c")
+        with pytest.raises(UserError, match=r"no room left for the tokens.*free some space") as told:
+            tokenize_files([file], tokenizer, "text", tmp_path / "c", workers=2)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert told.tb and not psutil.Process().children()  # though the traceback still holds the generators
     assert not left_over(tmp_path / "c")
-    assert len(tokenize_files([file], tokenizer, "text", tmp_path / "c")) == 3000
+    assert len(tokenize_files([file], tokenizer, "text", tmp_path / "c", workers=2)) == 2000
 
 
 def test_ctrl_c_leaves_no_half_cache_and_no_process(
