@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from groundup.model.config import ModelConfig
 
-PROBE_LENGTHS = (32, 64, 128)  # tokens
+PROBE_LENGTHS = (64, 128, 192)  # tokens; whole blocks of the CPU's attention, whose cost grows by blocks
 # What allocators lose between tensors: measured 1.1 to 1.4 with glibc (twice that with checkpointing, whose blocks
 # come and go), little with CUDA's pools.
 MARGIN = {"cpu": 1.4, "cuda": 1.1, "mps": 1.2}
@@ -30,6 +30,7 @@ MARGIN = {"cpu": 1.4, "cuda": 1.1, "mps": 1.2}
 def estimate(config: ModelConfig, recipe: Recipe, device: torch.device | str = "cpu") -> dict[str, int]:
     """Bytes of one training step: weights, gradients, optimizer, ema, activations, logits, and total (the peak).
 
+    Rows are taken to hold one document each, which is the most that attention can keep; packed short ones keep less.
     logits: the chunk of the head with its gradients. The total is less than the sum: activations and all gradients are
     never there at once, unless gradients accumulate over several passes. Not counted: Python and torch themselves
     (about 0.4 GB), and what torch.compile takes while it compiles.
