@@ -65,7 +65,11 @@ def quickstart(
     if more_data and not data:
         raise UserError(more_data[0], "unexpected argument", "give own files after --data")
     files = [*(data or []), *(more_data or [])]
-    _show(run(minutes=minutes, data=files, depth=depth, seed=seed, output=output), as_json)
+    report = run(minutes=minutes, data=files, depth=depth, seed=seed, output=output)
+    text = "\n".join(
+        ["", *_summary(report), f"report: {output / 'report.md'}", *map("next: {}".format, report["next_commands"])]
+    )
+    _show(report, as_json, text)
 
 
 @app.command()
@@ -261,6 +265,21 @@ def _show(result: dict[str, Any], as_json: bool, text: str | None = None) -> Non
         for key, value in result.items():
             nested = isinstance(value, (dict, list))
             print(f"{key}: {json.dumps(value, ensure_ascii=False, default=str) if nested else value}")
+
+
+def _summary(report: dict[str, Any]) -> list[str]:
+    """A line a stage, the copying baseline first where there is one."""
+    stages = [{"name": "copying baseline", "metrics": report["baseline"]}] if report["baseline"] else []
+    lines = []
+    for stage in [*stages, *report["stages"]]:
+        figures = [f"{stage['seconds']:.0f} s"] if "seconds" in stage else []
+        figures += [f"{stage['tokens']:,} tokens"] if stage.get("tokens") else []
+        exact = {k[-2:]: v for k, v in stage["metrics"].items() if k.startswith("world_exact_")}
+        figures += [f"exact match {name} {100 * value:.1f} %" for name, value in exact.items()]
+        if "bits_per_byte" in stage["metrics"]:
+            figures.append(f"{stage['metrics']['bits_per_byte']:.3f} bits per byte")
+        lines.append(f"{stage['name']}: {', '.join(figures)}")
+    return lines
 
 
 def main() -> None:

@@ -16,6 +16,9 @@ class UserError(Exception):
         self.where, self.why, self.fix = str(where), why, fix
         super().__init__(str(self))
 
+    def __reduce__(self) -> tuple[type[UserError], tuple[str, str, str]]:
+        return UserError, (self.where, self.why, self.fix)  # a worker process raises it for its parent
+
     def __str__(self) -> str:
         text = f"{self.where}: {self.why}" + (f"; {self.fix}" if self.fix else "")
         return " ".join(text.split())  # one line, whatever the parts held

@@ -12,11 +12,26 @@ from typing import Any
 from groundup.eval.plots import draw_accuracy, draw_curves, read_metrics
 from groundup.files import write_atomic
 
-PERCENT = ("world_exact_zh", "world_exact_en")
+PERCENT = ("world_exact_zh", "world_exact_en", "identity_exact_zh", "identity_exact_en", "share_of_peak")
+COMPARED = (
+    "world_exact_zh",
+    "world_exact_en",
+    "identity_exact_zh",
+    "identity_exact_en",
+    "text_bits_per_byte",
+    "chat_bits_per_byte",
+)  # the same questions and texts after every stage
+SUMMARY = ("world_exact_zh", "world_exact_en", "bits_per_byte")
 COLUMNS = {  # metric: heading
     "world_exact_zh": "exact match, Chinese",
     "world_exact_en": "exact match, English",
+    "identity_exact_zh": "who are you, Chinese",
+    "identity_exact_en": "who are you, English",
     "bits_per_byte": "bits per byte",
+    "text_bits_per_byte": "of held-out text",
+    "chat_bits_per_byte": "of held-out answers",
+    "tokens_per_second": "tokens/s",
+    "share_of_peak": "share of peak",
 }
 
 
@@ -61,6 +76,8 @@ def render(report: dict[str, Any]) -> str:
     parts = [f"# {report.get('title', 'Report')}", _summary(report)]
     parts += ["## Stages 各阶段", _stage_table(report["stages"], report.get("baseline") or {})]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in report["plots"]]
+    if kinds := report["stages"][-1]["metrics"].get("kinds") if report["stages"] else None:
+        parts += ["## Exact match by kind 各类问题", _kind_table(kinds)]
     if report.get("samples"):
         rows = [[s["question"], s["answer"], s.get("expected", ""), _mark(s)] for s in report["samples"]]
         parts += ["## Sample answers 回答示例", _table(["question", "answer", "expected", ""], rows)]
@@ -77,7 +94,7 @@ def render(report: dict[str, Any]) -> str:
 
 def _summary(report: dict[str, Any]) -> str:
     last = report["stages"][-1]["metrics"] if report["stages"] else {}
-    figures = [f"{heading} {_metric(key, last[key])}" for key, heading in COLUMNS.items() if last.get(key) is not None]
+    figures = [f"{COLUMNS[key]} {_metric(key, last[key])}" for key in SUMMARY if last.get(key) is not None]
     ended = f" It ended at: {', '.join(figures)}." if figures else ""
     return f"Written {report['written']}. All stages together took {_seconds(report['seconds'])}.{ended}"
 
@@ -85,21 +102,26 @@ def _summary(report: dict[str, Any]) -> str:
 def _stage_table(stages: Sequence[dict[str, Any]], baseline: dict[str, Any]) -> str:
     """One row a stage; `a -> b` is before and after the stage."""
     columns = [key for key in COLUMNS if any(s["metrics"].get(key) is not None for s in stages)]
-    extra = sorted({k for s in stages for k in s["metrics"]} - set(COLUMNS))
     rows = []
     if any(baseline.get(key) is not None for key in columns):
         name = "baseline: the answer of the most similar training question"
-        rows.append([name, "", "", *(_metric(key, baseline.get(key)) for key in columns), *("" for _ in extra)])
+        rows.append([name, "", "", *(_metric(key, baseline.get(key)) for key in columns)])
     above: dict[str, Any] = {}
     for stage in stages:
         metrics, before = stage["metrics"], above | stage.get("before", {})
         cells = [_change(key, before.get(key), metrics.get(key)) for key in columns]
         tokens = f"{stage['tokens']:,}" if stage.get("tokens") else ""
-        others = (_metric(key, metrics.get(key)) for key in extra)
-        rows.append([stage["name"], _seconds(stage.get("seconds")), tokens, *cells, *others])
-        above |= {key: metrics[key] for key in PERCENT if metrics.get(key) is not None}
-    heads = ["stage", "time", "tokens", *(COLUMNS[key] for key in columns), *(key.replace("_", " ") for key in extra)]
-    return _table(heads, rows)
+        rows.append([stage["name"], _seconds(stage.get("seconds")), tokens, *cells])
+        above |= {key: metrics[key] for key in COMPARED if metrics.get(key) is not None}
+    return _table(["stage", "time", "tokens", *(COLUMNS[key] for key in columns)], rows)
+
+
+def _kind_table(kinds: dict[str, dict[str, float]]) -> str:
+    """Exact match of the last stage by kind of question, a column a language."""
+    languages = sorted(kinds, reverse=True)
+    names = dict.fromkeys(kind for language in languages for kind in kinds[language])
+    rows = [[n.replace("_", " "), *(f"{100 * kinds[x].get(n, 0):.0f} %" for x in languages)] for n in names]
+    return _table(["kind of question", *languages], rows)
 
 
 def _change(key: str, before: Any, after: Any) -> str:
