@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 
 from bench.material import Material
-from bench.measure import load
+from bench.measure import ProgramFailed, load
 from bench.options import Options
 from bench.parts import minutes, presets, sft, startup, tokenise
 
@@ -25,35 +25,38 @@ KEYS = ("presets", "ratio_vs_trainer_sft", "minutes_ratio")  # always there, nul
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the parts asked for; the result is also the last line on stdout, and merged into --json-out."""
+    """Run the parts asked for. The result is the last line on stdout; --json-out is written after each part."""
     asked = parse(arguments)
     console = Console(stderr=True)
     with tempfile.TemporaryDirectory() as scratch:
         options = read_options(asked, Path(asked.work or scratch))
-        return measure(asked.only, options, asked.json_out, console)
+        try:
+            return measure(asked.only, options, asked.json_out, console)
+        except ProgramFailed as error:
+            raise SystemExit(f"bench: {error}") from None
 
 
 def measure(parts: Sequence[str], options: Options, json_out: Path | None, console: Console) -> dict[str, Any]:
-    before = load()
     material = Material(options.work)
-    result: dict[str, Any] = {}
+    result = json.loads(json_out.read_text(encoding="utf-8")) if json_out and json_out.exists() else {}
     for name in parts:
         console.print(f"[bold]{name}")
+        before = load()
         found = PARTS[name].run(options, material, lambda text: console.print(text, markup=False))
-        result.update(found)
         Console().print(PARTS[name].show(found))
-    result["runs"] = [about(parts, options, material, before)]
-    result = merged(json_out, result)
+        result = merged(result, found | {"runs": [about(name, options, material, before)]})
+        if json_out:
+            json_out.write_text(json.dumps(result, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(result, ensure_ascii=False))
     return result
 
 
-def about(parts: Sequence[str], options: Options, material: Material, before: list[float]) -> dict[str, Any]:
+def about(part: str, options: Options, material: Material, before: list[float]) -> dict[str, Any]:
     """Where these figures come from."""
     from groundup.device import describe
 
     return {
-        "parts": list(parts),
+        "part": part,
         "machine": describe(),
         "load_before": before,
         "load_after": load(),
@@ -64,14 +67,11 @@ def about(parts: Sequence[str], options: Options, material: Material, before: li
     }
 
 
-def merged(path: Path | None, new: dict[str, Any]) -> dict[str, Any]:
-    """These figures over those that the file has of earlier pieces; written back whole."""
-    old = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+def merged(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """New figures over those of earlier pieces; presets and runs are joined."""
     both: dict[str, Any] = {**dict.fromkeys(KEYS), **old, **new}
     both["presets"] = {**(old.get("presets") or {}), **(new.get("presets") or {})}
     both["runs"] = [*old.get("runs", []), *new["runs"]]
-    if path:
-        path.write_text(json.dumps(both, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     return both
 
 

@@ -39,10 +39,9 @@ def test_json_line_has_the_keys(tmp_path, monkeypatch, capsys):
     assert json.loads(out.read_text()) == result
 
 
-def test_pieces_merge(tmp_path):
-    path = tmp_path / "bench.json"
-    train.merged(path, {"presets": {"tiny": {"ratio_vs_packed": 2.0}}, "runs": [1]})
-    both = train.merged(path, {"presets": {"5m": {"ratio_vs_packed": 1.5}}, "minutes_ratio": 0.5, "runs": [2]})
+def test_pieces_merge():
+    first = train.merged({}, {"presets": {"tiny": {"ratio_vs_packed": 2.0}}, "runs": [1]})
+    both = train.merged(first, {"presets": {"5m": {"ratio_vs_packed": 1.5}}, "minutes_ratio": 0.5, "runs": [2]})
     assert both["presets"].keys() == {"tiny", "5m"}
     assert both["minutes_ratio"] == 0.5
     assert both["ratio_vs_trainer_sft"] is None
