@@ -96,7 +96,7 @@ class Loop:
         tenth = max(1, self.steps // 10)
         eval_every, save_every = self.config.eval_every or tenth, self.config.save_every or tenth
         with ExitStack() as stack:
-            self.trackers = Trackers(self.recipe, self.folder.path, on=self.world.main)
+            self.trackers = Trackers(self.recipe, self.folder.path, self.state.step, on=self.world.main)
             stack.callback(self.trackers.close)
             signals = stack.enter_context(StopSignals())
             stack.enter_context(self.progress)
@@ -157,7 +157,7 @@ class Loop:
         state.logged["grad_norm"] = float(norm)
         seconds = time.perf_counter() - began
         state.sums.seconds, state.step_seconds = state.sums.seconds + seconds, state.step_seconds + seconds
-        self.progress.tick(state.step, seconds, sums[0] / count)
+        self.progress.tick(state.step, seconds, {"loss": sums[0] / count, **self.speed(tokens, count, seconds)})
         return upcoming, told > 0
 
     def backward(self, window: list[Any], count: float) -> tuple[Tensor, list[str]]:

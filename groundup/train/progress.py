@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -42,27 +41,28 @@ class Progress:
         if self.on:
             self.console.print(f"{time.strftime('%H:%M:%S')} {self.name}: {text}", markup=False, soft_wrap=True)
 
-    def tick(self, step: int, seconds: float, loss: float) -> None:
-        """After every step."""
+    def tick(self, step: int, seconds: float, figures: Figures) -> None:
+        """After every step: its seconds, loss and speed."""
         self.pace = seconds if self.pace is None else 0.95 * self.pace + 0.05 * seconds
         if self.live:
-            self.live.update(Text(f"{self.name} {bar(step / self.steps)} step {step}/{self.steps}  loss {loss:.3f}  "
-                                  f"{self.pace:.2f} s/step  {clock(self.left(step))} left", no_wrap=True))  # fmt: skip
+            self.live.update(Text(f"{self.name} {bar(step / self.steps)} {self.line(step, figures)}", no_wrap=True))
 
     def log(self, figures: Figures) -> None:
-        """At every line of metrics.jsonl."""
+        """At every line of metrics.jsonl. The living line shows those of training already."""
         if self.hook:
             self.hook(figures)
         step = figures["step"]
         if "val_loss" in figures:
-            self.say(f"step {step}/{self.steps}  held out: " + "  ".join(
-                f"{key.replace('_', ' ')} {value:.4f}" for key, value in figures.items() if isinstance(value, float)
-            ))  # fmt: skip
-            return
-        self.say(
-            f"step {step}/{self.steps}  loss {figures['loss']:.4f}  lr {figures['lr']:.2e}  "
-            f"{figures['tokens_per_second']:,.0f} tokens/s  {100 * figures['share_of_peak']:.0f}% of peak  "
-            f"{clock(self.left(step))} left"
+            held_out = (f"{k.replace('_', ' ')} {v:.4f}" for k, v in figures.items() if isinstance(v, float))
+            self.say(f"step {step}/{self.steps}  held out: {'  '.join(held_out)}")
+        elif not self.live:
+            self.say(self.line(step, figures))
+
+    def line(self, step: int, figures: Figures) -> str:
+        rate = f"  lr {figures['lr']:.2e}" if "lr" in figures else ""
+        return (
+            f"step {step}/{self.steps}  loss {figures['loss']:.4f}{rate}  {figures['tokens_per_second']:,.0f} tokens/s"
+            f"  {100 * figures['share_of_peak']:.0f}% of peak  {clock(self.left(step))} left"
         )
 
     def left(self, step: int) -> float:
@@ -78,8 +78,3 @@ def clock(seconds: float) -> str:
     """1:05:09, or 05:09 under an hour."""
     hours, rest = divmod(int(seconds + 0.5), 3600)
     return f"{hours}:{rest // 60:02}:{rest % 60:02}" if hours else f"{rest // 60:02}:{rest % 60:02}"
-
-
-def warn(text: str) -> None:
-    """A warning that a person must see, before there is a run to say it."""
-    print(f"warning: {text}", file=sys.stderr, flush=True)

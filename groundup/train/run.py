@@ -66,8 +66,8 @@ def train(
             return {**result, "already_finished": True}
         try:
             return _train(recipe, folder, dist.World(rank, size), progress, peak)
-        except (torch.OutOfMemoryError, RuntimeError) as error:
-            if "memory" not in str(error):
+        except RuntimeError as error:
+            if not (isinstance(error, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(error)):
                 raise
             fix = (
                 "halve train.batch_size and double train.accumulate (the result is the same), or shorten train.seq_len"

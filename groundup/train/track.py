@@ -14,14 +14,14 @@ Figures = dict[str, float]
 
 
 class Trackers:
-    """Sends every logged line to the trackers that the recipe names."""
+    """Sends every logged line after `step` to the trackers that the recipe names."""
 
-    def __init__(self, recipe: Recipe, output: Path, on: bool = True) -> None:
+    def __init__(self, recipe: Recipe, output: Path, step: int, on: bool = True) -> None:
         starts = {"tensorboard": _tensorboard, "wandb": _wandb, "swanlab": _swanlab}
         self._open = []
         for name in recipe.log.to if on else []:
             try:
-                self._open.append(starts[name](recipe, output))
+                self._open.append(starts[name](recipe, output, step))
             except ImportError:
                 raise UserError("log.to", f"{name} is not installed", f"pip install {name}, or leave it out") from None
 
@@ -39,10 +39,10 @@ class Trackers:
 Tracker = tuple[Callable[[Figures, int], Any], Callable[[], Any]]
 
 
-def _tensorboard(recipe: Recipe, output: Path) -> Tracker:
+def _tensorboard(recipe: Recipe, output: Path, step: int) -> Tracker:
     from torch.utils.tensorboard import SummaryWriter
 
-    writer = SummaryWriter(str(output / "tensorboard"))
+    writer = SummaryWriter(str(output / "tensorboard"), purge_step=step + 1)
 
     def send(figures: Figures, step: int) -> None:
         for name, value in figures.items():
@@ -51,7 +51,7 @@ def _tensorboard(recipe: Recipe, output: Path) -> Tracker:
     return send, writer.close
 
 
-def _wandb(recipe: Recipe, output: Path) -> Tracker:
+def _wandb(recipe: Recipe, output: Path, step: int) -> Tracker:
     import wandb
 
     run = wandb.init(
@@ -61,7 +61,7 @@ def _wandb(recipe: Recipe, output: Path) -> Tracker:
     return lambda figures, step: run.log(figures, step=step), run.finish
 
 
-def _swanlab(recipe: Recipe, output: Path) -> Tracker:
+def _swanlab(recipe: Recipe, output: Path, step: int) -> Tracker:
     os.environ.setdefault("SWANLAB_SAVE_DIR", str(output / "swanlab"))
     import swanlab
 

@@ -227,6 +227,57 @@ def test_flops_of_a_step_are_those_that_torch_counts(recipe: Make) -> None:
     assert Flops(config, 32)(64, 64) + attention == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
+def test_an_overflow_in_fp16_skips_the_step_and_halves_the_scale(
+    recipe: Make, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The scaler of a GPU run, driven on a CPU: the gradients of step 2 are made infinite."""
+    from contextlib import nullcontext
+
+    from groundup.train import loop
+
+    monkeypatch.setattr(loop, "pick_dtype", lambda name, device: torch.float16)
+    monkeypatch.setattr(loop, "autocast", lambda device, dtype: nullcontext())
+    real, seen = loop.Loop.update, []
+
+    def update(self: loop.Loop) -> torch.Tensor:
+        if self.state.step == 1:
+            self.trained[0].grad.fill_(float("inf"))  # type: ignore[union-attr]
+        before = self.trained[0].detach().clone()
+        norm = real(self)
+        seen.append((self.scaler.get_scale(), bool((before != self.trained[0]).any())))
+        return norm
+
+    monkeypatch.setattr(loop.Loop, "update", update)
+    run(recipe(**{"train.steps": 3, "eval.fraction": 0.0}))
+    assert seen == [(65536.0, True), (32768.0, False), (32768.0, True)]
+
+
+def test_out_of_memory_names_the_setting(recipe: Make, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hungry(self: TokenStage, model: torch.nn.Module, batch: Any) -> Any:
+        return torch.empty(2**60)
+
+    monkeypatch.setattr(TokenStage, "loss", hungry)
+    with pytest.raises(UserError, match=r"train.batch_size: a step does not fit into memory.*halve train.batch_size"):
+        run(recipe())
+
+
+def test_what_a_person_sees(capsys: pytest.CaptureFixture[str]) -> None:
+    from groundup.train.progress import Progress, bar, clock
+
+    figures = {"step": 2, "loss": 1.5, "lr": 1e-3, "tokens_per_second": 1234.0, "share_of_peak": 0.5}
+    with Progress("sft", 10) as shown:
+        shown.tick(2, 30.0, figures)
+        shown.log(figures)
+        shown.log({"step": 2, "val_loss": 1.25, "bits_per_byte": 0.5})
+    said = capsys.readouterr().err.splitlines()
+    assert said[0].endswith("sft: step 2/10  loss 1.5000  lr 1.00e-03  1,234 tokens/s  50% of peak  04:00 left")
+    assert said[1].endswith("sft: step 2/10  held out: val loss 1.2500  bits per byte 0.5000")
+    with Progress("sft", 10, on=False) as silent:
+        silent.log(figures)
+    assert capsys.readouterr().err == ""
+    assert (clock(59.6), clock(3909), bar(0.5, 4)) == ("01:00", "1:05:09", "━━╌╌")
+
+
 @pytest.mark.slow
 def test_compiled_blocks_give_the_eager_weights(recipe: Make, run: Run) -> None:
     run(recipe(output="eager"))
