@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from groundup.model.cache import KVCache
 from groundup.model.config import ModelConfig
 from groundup.model.norm import RMSNorm
+from groundup.model.rows import Rows
 from groundup.ops.attention import attention
 from groundup.ops.rope import apply_rope
 
@@ -31,19 +31,13 @@ class Attention(nn.Module):
             self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
         self.qk_norm = config.qk_norm
 
-    def forward(
-        self,
-        x_BTD: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None,
-        cache: KVCache | None,
-    ) -> torch.Tensor:
+    def forward(self, x_BTD: torch.Tensor, rows: Rows) -> torch.Tensor:
         heads = (*x_BTD.shape[:2], -1, self.head_dim)
         q_BTHd, k_BTKd, v_BTKd = (p(x_BTD).view(heads) for p in (self.q_proj, self.k_proj, self.v_proj))
         if self.qk_norm:
             q_BTHd, k_BTKd = self.q_norm(q_BTHd), self.k_norm(k_BTKd)
-        q_BTHd, k_BTKd = apply_rope(q_BTHd, *rope), apply_rope(k_BTKd, *rope)
-        if cache is not None:
-            k_BTKd, v_BTKd = cache.append(self.layer, k_BTKd, v_BTKd)
-        out_BTHd = attention(q_BTHd, k_BTKd, v_BTKd, mask)
+        q_BTHd, k_BTKd = apply_rope(q_BTHd, *rows.rope), apply_rope(k_BTKd, *rows.rope)
+        if rows.cache is not None:
+            k_BTKd, v_BTKd = rows.cache.append(self.layer, k_BTKd, v_BTKd)
+        out_BTHd = attention(q_BTHd, k_BTKd, v_BTKd, rows.mask)
         return self.o_proj(out_BTHd.reshape(*x_BTD.shape[:2], -1))

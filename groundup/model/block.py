@@ -6,10 +6,10 @@ import torch
 from torch import nn
 
 from groundup.model.attention import Attention
-from groundup.model.cache import KVCache
 from groundup.model.config import ModelConfig
 from groundup.model.ffn import FeedForward
 from groundup.model.norm import RMSNorm
+from groundup.model.rows import Rows
 
 
 class Block(nn.Module):
@@ -20,12 +20,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = FeedForward(config)
 
-    def forward(
-        self,
-        x_BTD: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
-        mask: torch.Tensor | None = None,
-        cache: KVCache | None = None,
-    ) -> torch.Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rope, mask, cache)
+    def forward(self, x_BTD: torch.Tensor, rows: Rows) -> torch.Tensor:
+        if rows.fast is not None:
+            return rows.fast(self, x_BTD)
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rows)
         return x_BTD + self.mlp(self.post_attention_layernorm(x_BTD))

@@ -13,8 +13,10 @@ from torch import nn
 from groundup.model.block import Block
 from groundup.model.cache import KVCache
 from groundup.model.config import ModelConfig
+from groundup.model.fast import FastRows, can_be_fast
 from groundup.model.norm import RMSNorm
 from groundup.model.rope import rope_frequencies, rope_table
+from groundup.model.rows import Rows
 from groundup.ops.attention import visible
 
 
@@ -58,18 +60,10 @@ class Transformer(nn.Module):
         doc_ids_BT: packed rows; tokens of different documents do not see each other. cache: these T tokens come
         after those that it holds, and are appended to it.
         """
-        mask = None
-        if cache is not None:
-            cached_positions_BT, mask = cache.start(input_ids_BT.shape[1])
-            position_ids_BT = cached_positions_BT if position_ids_BT is None else position_ids_BT
-        elif doc_ids_BT is not None:
-            mask = visible(doc_ids_BT)
-        if position_ids_BT is None:
-            position_ids_BT = torch.arange(input_ids_BT.shape[1], device=input_ids_BT.device)[None]
-        rope = rope_table(*self._frequencies(input_ids_BT.device), position_ids_BT)
+        rows = self._rows(input_ids_BT, position_ids_BT, doc_ids_BT, cache)
         x_BTD = self.model.embed_tokens(input_ids_BT)
         for block in self.blocks:
-            x_BTD = block(x_BTD, rope, mask, cache)
+            x_BTD = block(x_BTD, rows)
         if cache is not None:
             cache.advance(input_ids_BT.shape[1])
         return self.model.norm(x_BTD)
@@ -104,6 +98,25 @@ class Transformer(nn.Module):
                     if "embed" in name or "lm_head" in name:
                         std = self.config.initializer_range
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+
+    def _rows(
+        self,
+        input_ids_BT: torch.Tensor,
+        position_ids_BT: torch.Tensor | None,
+        doc_ids_BT: torch.Tensor | None,
+        cache: KVCache | None,
+    ) -> Rows:
+        device, (rows, length) = input_ids_BT.device, input_ids_BT.shape
+        mask = None
+        if cache is not None:
+            cached_positions_BT, mask = cache.start(length)
+            position_ids_BT = cached_positions_BT if position_ids_BT is None else position_ids_BT
+        if position_ids_BT is None:
+            position_ids_BT = torch.arange(length, device=device)[None]
+        rope = rope_table(*self._frequencies(device), position_ids_BT)
+        if cache is None and can_be_fast(self.blocks, self.config, device):
+            return Rows(rope, fast=FastRows.of(rope, doc_ids_BT, rows))
+        return Rows(rope, visible(doc_ids_BT) if doc_ids_BT is not None else mask, cache)
 
     def _frequencies(self, device: torch.device) -> tuple[torch.Tensor, float]:
         """RoPE's angles a position; not a buffer, so that no cast or checkpoint ever touches them."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from groundup.ops.loss import linear_cross_entropy, linear_cross_entropy_reference
+from groundup.ops.loss import linear_cross_entropy, linear_cross_entropy_reference, selective_logprobs
 
 
 def case(tokens: int = 37, width: int = 16, vocab: int = 53, dtype: torch.dtype = torch.float32, spread: float = 1.0):
@@ -57,3 +57,42 @@ def test_only_what_needs_a_gradient_gets_one():
     assert weight.grad is not None
     with torch.no_grad():
         linear_cross_entropy(hidden, weight, labels)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+@pytest.mark.parametrize("chunk", [5, None])
+def test_selective_logprobs_equal_log_softmax(chunk, temperature):
+    hidden, weight, labels = case(tokens=36)
+    slopes = torch.randn(4, 9, generator=torch.Generator().manual_seed(2))
+    ours = selective_logprobs(hidden.view(4, 9, 16), weight, labels.view(4, 9), chunk, temperature)
+    ours_grads = torch.autograd.grad((ours * slopes).sum(), (hidden, weight))
+    kept = labels != -100
+    plain = (hidden @ weight.T / temperature).log_softmax(-1).gather(1, labels.clamp(min=0)[:, None])[:, 0] * kept
+    plain_grads = torch.autograd.grad((plain * slopes.view(-1)).sum(), (hidden, weight))
+    assert ours.shape == (4, 9) and not ours.view(-1)[~kept].any()
+    torch.testing.assert_close(ours.view(-1), plain, atol=1e-5, rtol=1e-5)
+    for a, b in zip(ours_grads, plain_grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_half_precision_inside_autocast_keeps_fp32_gradients():
+    hidden, weight, labels = case()
+    exact = linear_cross_entropy(hidden, weight, labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear_cross_entropy(hidden, weight, labels)
+        logprobs = selective_logprobs(hidden, weight, labels)
+    loss.backward()
+    assert loss.dtype == logprobs.dtype == hidden.grad.dtype == weight.grad.dtype == torch.float32
+    assert loss.item() == pytest.approx(exact.item(), rel=0.02)
+    assert -logprobs.sum().item() == pytest.approx(exact.item(), rel=0.02)
+
+
+def test_labels_do_not_make_the_caller_keep_logits():
+    """What autograd keeps between forward and backward is as large as the gradients, not tokens x vocabulary."""
+    tokens, width, vocab = 512, 8, 4096
+    hidden, weight, labels = case(tokens, width, vocab)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        linear_cross_entropy(hidden, weight, labels)
+        selective_logprobs(hidden, weight, labels)
+    assert sum(kept) < tokens * vocab / 10
