@@ -52,10 +52,6 @@ class _ResidualFFN(torch.autograd.Function):
         wide = down_DF.shape[1]
         dgate_up_D2F, ddown = grad_ND.new_zeros(grad_ND.shape[1], 2 * wide), torch.zeros_like(down_DF)
         dx_ND = torch.empty_like(grad_ND)
-            grad_ND.new_zeros(grad_ND.shape[1], 2 * wide),
-            torch.zeros_like(down_DF),
-            torch.empty_like(grad_ND),
-        )
         one = torch.ones((), dtype=grad_ND.dtype)
         for rows in _chunks(grad_ND):
             silu, up = wide_N2F[rows].split(wide, dim=1)
