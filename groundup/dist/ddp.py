@@ -17,7 +17,7 @@ def spread(module: nn.Module, world: World) -> nn.Module:
     """
     if world.size == 1:
         return module
-    return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(module, gradient_as_bucket_view=True)
 
 
 def without_sync(module: nn.Module, last: bool) -> AbstractContextManager:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +59,7 @@ def rank_and_size() -> tuple[int, int]:
 
 
 def start(device: torch.device, minutes: float = 30.0) -> World:
-    """Join the other ranks: gloo for CPU tensors, and NCCL for those of a GPU. Alone, nothing is started.
+    """Join the other ranks, once a process: gloo for CPU tensors, and NCCL for those of a GPU. Alone, nothing starts.
 
     minutes: how long a rank waits for the others in one collective before it fails.
     """
@@ -68,9 +69,5 @@ def start(device: torch.device, minutes: float = 30.0) -> World:
             torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=timedelta(minutes=minutes))
+        atexit.register(dist.destroy_process_group)  # not before: a second group would meet the first one's addresses
     return World(rank, size)
-
-
-def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()

@@ -73,8 +73,6 @@ def train(
                 "halve train.batch_size and double train.accumulate (the result is the same), or shorten train.seq_len"
             )
             raise UserError("train.batch_size", f"a step does not fit into memory ({error})", fix) from error
-        finally:
-            dist.stop()
 
 
 def _train(
