@@ -20,7 +20,7 @@ from groundup.model.ffn import FeedForward
 from groundup.model.norm import RMSNorm
 from groundup.ops.norm import norm_linear
 from groundup.ops.rope import norm_and_turn, pairs_first
-from groundup.ops.spans import Span, find_spans, span_attention
+from groundup.ops.spans import span_attention
 from groundup.ops.swiglu import residual_ffn
 
 
@@ -47,15 +47,10 @@ def _untouched(part: nn.Module) -> bool:
 
 @dataclass(frozen=True)
 class FastRows:
-    """What a batch needs, and a block's forward over it. turns_N1p: exp(i angle) of each token and pair."""
+    """What a batch needs, and a block's forward over it. turns: exp(i angle) of each pair; doc_ids: who sees whom."""
 
-    turns_N1p: torch.Tensor
-    spans: list[Span]
-
-    @classmethod
-    def of(cls, rope: tuple[torch.Tensor, torch.Tensor], doc_ids_BT: torch.Tensor | None, rows: int) -> FastRows:
-        turns_BTp = torch.complex(*rope).expand(rows, -1, -1)
-        return cls(turns_BTp.reshape(-1, 1, turns_BTp.shape[-1]), find_spans((rows, turns_BTp.shape[1]), doc_ids_BT))
+    turns_BTp: torch.Tensor
+    doc_ids_BT: torch.Tensor
 
     def __call__(self, block: Block, x_BTD: torch.Tensor) -> torch.Tensor:
         x_ND = _attention(block.self_attn, block.input_layernorm, x_BTD.flatten(0, 1), self)
@@ -67,10 +62,11 @@ def _attention(layer: Attention, norm: RMSNorm, x_ND: torch.Tensor, rows: FastRo
     kv_heads = layer.k_proj.weight.shape[0] // dim
     groups = (kv_heads, layer.q_proj.weight.shape[0] // dim // kv_heads)
     x_ND, qkv_NE = norm_linear(x_ND, *_folded_qkv(layer, norm), norm.eps)
+    qkv_BTEd = qkv_NE.view(*rows.doc_ids_BT.shape, -1, dim)
     scales_Cd = _folded_qk_norms(layer, groups) if layer.qk_norm else None
-    q_KNGd, k_KNd, v_KNd = norm_and_turn(qkv_NE.unflatten(1, (-1, dim)), scales_Cd, rows.turns_N1p, groups, norm.eps)
-    out_KNGd = span_attention(q_KNGd, k_KNd, v_KNd, rows.spans)
-    return torch.addmm(x_ND, out_KNGd.transpose(0, 1).flatten(1), layer.o_proj.weight.T)
+    q_BTKGd, k_BTKd, v_BTKd = norm_and_turn(qkv_BTEd, scales_Cd, rows.turns_BTp, groups, norm.eps)
+    out_BTKGd = span_attention(q_BTKGd, k_BTKd, v_BTKd, rows.doc_ids_BT)
+    return torch.addmm(x_ND, out_BTKGd.view(len(x_ND), -1), layer.o_proj.weight.T)
 
 
 def _folded_qkv(layer: Attention, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -17,7 +17,7 @@ from groundup.model.fast import FastRows, can_be_fast
 from groundup.model.norm import RMSNorm
 from groundup.model.rope import rope_frequencies, rope_table
 from groundup.model.rows import Rows
-from groundup.ops.attention import visible
+from groundup.ops.attention import Documents, document_mask
 
 
 class Trunk(nn.Module):
@@ -107,16 +107,18 @@ class Transformer(nn.Module):
         cache: KVCache | None,
     ) -> Rows:
         device, (rows, length) = input_ids_BT.device, input_ids_BT.shape
-        mask = None
         if cache is not None:
             cached_positions_BT, mask = cache.start(length)
             position_ids_BT = cached_positions_BT if position_ids_BT is None else position_ids_BT
+            return Rows(rope_table(*self._frequencies(device), position_ids_BT), mask, cache)
         if position_ids_BT is None:
             position_ids_BT = torch.arange(length, device=device)[None]
         rope = rope_table(*self._frequencies(device), position_ids_BT)
-        if cache is None and can_be_fast(self.blocks, self.config, device):
-            return Rows(rope, fast=FastRows.of(rope, doc_ids_BT, rows))
-        return Rows(rope, visible(doc_ids_BT) if doc_ids_BT is not None else mask, cache)
+        mask = document_mask((rows, length), doc_ids_BT, device)
+        if isinstance(mask, Documents) and can_be_fast(self.blocks, self.config, device):
+            turns_BTp = torch.complex(*rope)
+            return Rows(rope, mask, fast=FastRows(turns_BTp.expand(rows, -1, -1), mask.doc_ids_BT))
+        return Rows(rope, mask)
 
     def _frequencies(self, device: torch.device) -> tuple[torch.Tensor, float]:
         """RoPE's angles a position; not a buffer, so that no cast or checkpoint ever touches them."""

@@ -24,7 +24,7 @@ def rms_norm_reference(x_D: torch.Tensor, weight_D: torch.Tensor, eps: float) ->
     """The plain form, which compilers fuse well."""
     x32_D = x_D.float()
     rstd = torch.rsqrt(x32_D.pow(2).mean(-1, keepdim=True) + eps)
-    return weight_D * (x32_D * rstd).to(x_D.dtype)
+    return weight_D.to(x_D.dtype) * (x32_D * rstd).to(x_D.dtype)
 
 
 def rstd_of(x_D: torch.Tensor, eps: float) -> torch.Tensor:

@@ -29,64 +29,65 @@ def pairs_first(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
 
 
 def norm_and_turn(
-    qkv_NEd: torch.Tensor, scales_Cd: torch.Tensor | None, turns_N1p: torch.Tensor, groups: tuple[int, int], eps: float
-) -> Any:
-    """Queries [K, N, G, d] and keys [K, N, d] ready for attention, and values [K, N, d], from their joint product.
+    qkv_BTEd: torch.Tensor, scales_Cd: torch.Tensor | None, turns_BTp: torch.Tensor, groups: tuple[int, int], eps: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Queries [B, T, K, G, d], keys and values [B, T, K, d] for attention, from the joint product of q, k and v.
 
-    qkv: [tokens, heads of q, k, v, d] with pairs side by side. scales: the QK-norm's weights, a row for each head of q
-    and k (None: no norm). turns: exp(i angle) a token and pair. groups: (K kv heads, G query heads for each).
-    Memory is laid out for attention: all tokens of one kv head are neighbours.
+    qkv: the heads of q, k and v, pairs side by side. scales: the QK-norm's weights, a row for each head of q and k
+    (None: no norm). turns: exp(i angle). groups: (K kv heads, G query heads for each). Memory is ordered by kv head,
+    then token, which is how span_attention reads it.
     """
-    return _NormAndTurn.apply(qkv_NEd, scales_Cd, turns_N1p, groups, eps)
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor] = _NormAndTurn.apply(
+        qkv_BTEd, scales_Cd, turns_BTp, groups, eps
+    )
+    return out
 
 
 class _NormAndTurn(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        qkv_NEd: torch.Tensor,
+        qkv_BTEd: torch.Tensor,
         scales_Cd: torch.Tensor | None,
-        turns_N1p: torch.Tensor,
+        turns_BTp: torch.Tensor,
         groups: tuple[int, int],
         eps: float,
     ) -> Any:
         kv_heads, group = groups
-        heads, (tokens, _, dim) = kv_heads * group, qkv_NEd.shape
-        qk_NCd = qkv_NEd[:, : heads + kv_heads]
-        q_KNGd, k_KNd = qkv_NEd.new_empty(kv_heads, tokens, group, dim), qkv_NEd.new_empty(kv_heads, tokens, dim)
-        rstd_NC1 = None
+        heads, (rows, length, _, dim) = kv_heads * group, qkv_BTEd.shape
+        qk_BTCd, rstd_BTC1 = qkv_BTEd[:, :, : heads + kv_heads], None
         if scales_Cd is not None:
-            rstd_NC1 = rstd_of(qk_NCd, eps)
-            qk_NCd = (qk_NCd * rstd_NC1).mul_(scales_Cd)
-        turns_N11p = turns_N1p[:, None]
-        torch.mul(_pairs(qk_NCd[:, :heads]).unflatten(1, groups), turns_N11p, out=_pairs(q_KNGd).transpose(0, 1))
-        torch.mul(_pairs(qk_NCd[:, heads:]), turns_N1p, out=_pairs(k_KNd).transpose(0, 1))
-        ctx.save_for_backward(qkv_NEd if scales_Cd is not None else None, rstd_NC1, scales_Cd, turns_N1p)
-        return q_KNGd, k_KNd, qkv_NEd[:, heads + kv_heads :].transpose(0, 1).contiguous()
+            rstd_BTC1 = rstd_of(qk_BTCd, eps)
+            qk_BTCd = (qk_BTCd * rstd_BTC1).mul_(scales_Cd)
+        q_BTKGd = qkv_BTEd.new_empty(rows, kv_heads, length, group, dim).transpose(1, 2)
+        k_BTKd = qkv_BTEd.new_empty(rows, kv_heads, length, dim).transpose(1, 2)
+        q_before, k_before = qk_BTCd[:, :, :heads].unflatten(2, groups), qk_BTCd[:, :, heads:]
+        torch.mul(_pairs(q_before), turns_BTp[:, :, None, None], out=_pairs(q_BTKGd))
+        torch.mul(_pairs(k_before), turns_BTp[:, :, None], out=_pairs(k_BTKd))
+        v_BTKd = qkv_BTEd[:, :, heads + kv_heads :].transpose(1, 2).contiguous().transpose(1, 2)
+        ctx.save_for_backward(None if scales_Cd is None else qkv_BTEd, rstd_BTC1, scales_Cd, turns_BTp)
+        return q_BTKGd, k_BTKd, v_BTKd
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_q_KNGd: torch.Tensor, grad_k_KNd: torch.Tensor, grad_v_KNd: torch.Tensor) -> Any:
-        qkv_NEd, rstd_NC1, scales_Cd, turns_N1p = ctx.saved_tensors
-        (kv_heads, tokens, group, dim), heads = grad_q_KNGd.shape, grad_q_KNGd.shape[0] * grad_q_KNGd.shape[2]
-        grad_NEd = grad_q_KNGd.new_empty(tokens, heads + 2 * kv_heads, dim)
-        back_N1p = turns_N1p.conj_physical()
-        for grad, place in (
-            (grad_q_KNGd.transpose(0, 1), grad_NEd[:, :heads].unflatten(1, (kv_heads, group))),
-            (grad_k_KNd.transpose(0, 1), grad_NEd[:, heads : heads + kv_heads]),
-        ):
-            turns = back_N1p[:, None] if grad.ndim == 4 else back_N1p
-            torch.mul(_pairs(grad), turns, out=_pairs(place))
-        grad_NEd[:, heads + kv_heads :] = grad_v_KNd.transpose(0, 1)
-        grad_scales = None
-        if scales_Cd is not None:
-            grad_NCd = grad_NEd[:, : heads + kv_heads]
-            hat_NCd = qkv_NEd[:, : heads + kv_heads] * rstd_NC1
-            both_NCd = grad_NCd * hat_NCd
-            grad_scales = both_NCd.sum(0)
-            along_NC1 = both_NCd.mul_(scales_Cd).sum(-1, keepdim=True).mul_(-1 / dim)
-            grad_NCd.mul_(scales_Cd).addcmul_(hat_NCd, along_NC1).mul_(rstd_NC1)
-        return grad_NEd, grad_scales, None, None, None
+    def backward(ctx: Any, grad_q_BTKGd: torch.Tensor, grad_k_BTKd: torch.Tensor, grad_v_BTKd: torch.Tensor) -> Any:
+        qkv_BTEd, rstd_BTC1, scales_Cd, turns_BTp = ctx.saved_tensors
+        rows, length, kv_heads, group, dim = grad_q_BTKGd.shape
+        both = kv_heads * (group + 1)  # heads of q and k
+        grad_BTEd = grad_q_BTKGd.new_empty(rows, length, both + kv_heads, dim)
+        back_BTp, grad_BTCd = turns_BTp.conj_physical(), grad_BTEd[:, :, :both]
+        q_place, k_place = grad_BTCd[:, :, :-kv_heads].unflatten(2, (kv_heads, group)), grad_BTCd[:, :, -kv_heads:]
+        torch.mul(_pairs(grad_q_BTKGd), back_BTp[:, :, None, None], out=_pairs(q_place))
+        torch.mul(_pairs(grad_k_BTKd), back_BTp[:, :, None], out=_pairs(k_place))
+        grad_BTEd[:, :, both:] = grad_v_BTKd
+        if scales_Cd is None:
+            return grad_BTEd, None, None, None, None
+        hat_BTCd = qkv_BTEd[:, :, :both] * rstd_BTC1
+        along_BTCd = grad_BTCd * hat_BTCd
+        grad_scales_Cd = along_BTCd.sum((0, 1))
+        along_BTC1 = along_BTCd.mul_(scales_Cd).sum(-1, keepdim=True).mul_(-1 / dim)
+        grad_BTCd.mul_(scales_Cd).addcmul_(hat_BTCd, along_BTC1).mul_(rstd_BTC1)
+        return grad_BTEd, grad_scales_Cd, None, None, None
 
 
 def _pairs(x_d: torch.Tensor) -> torch.Tensor:

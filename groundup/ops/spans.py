@@ -1,98 +1,180 @@
 """Attention on a CPU over packed rows: only what is visible is computed.
 
-A span is a run of queries and the keys that they may see: tokens [queries, end) look at [start, end), all inside one
-document, a block of at most 64 queries. Nothing left of the document is touched, and of what lies right of the block
-only a triangle. torch's own CPU kernel computes the whole square, whatever the mask says.
+Queries go in blocks of 64. A block looks at the keys from the start of its first token's document to its own end:
+nothing left of the document is touched, nothing right of the block. torch's own CPU kernel computes the whole square,
+whatever the mask says. Neighbouring rows whose blocks look about equally far back are computed together, since with
+small models the calls cost as much as the products. The probabilities are kept for the backward pass, so this is for
+short documents; `short_enough` says when.
 """
 
 from __future__ import annotations
 
-import functools
-import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
-BLOCK = 64  # queries a span: smaller wastes less of the triangle, larger products run faster; 64 won from 256 to 1024
-
-Span = tuple[int, int, int]  # first visible token, first query, end of both
-
-
-def find_spans(shape: tuple[int, int], doc_ids_BT: torch.Tensor | None) -> list[Span]:
-    """The spans of a batch of `shape` (rows, tokens), over its tokens counted through all rows."""
-    rows, length = shape
-    starts = torch.zeros(rows, length, dtype=torch.bool)
-    starts[:, 0] = True
-    if doc_ids_BT is not None:
-        starts[:, 1:] = doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1]
-    bounds = [*starts.view(-1).nonzero().squeeze(1).tolist(), rows * length]
-    return [
-        (start, first, min(first + BLOCK, end))
-        for start, end in itertools.pairwise(bounds)
-        for first in range(start, end, BLOCK)
-    ]
+BLOCK = 64  # queries: smaller wastes less of the triangle, larger products run faster; 64 won from 256 to 1024 tokens
+SLACK = 32  # keys a row that may be computed in vain to save a call
+LARGEST = 2**18  # probabilities computed together (1 MB): what a core's cache holds
+MOST_KEYS = 576  # a query, on average: beyond, the probabilities take more memory than they save time
 
 
-def span_attention(q_KNGd: torch.Tensor, k_KNd: torch.Tensor, v_KNd: torch.Tensor, spans: list[Span]) -> torch.Tensor:
-    """softmax(q k^T) v by kv head, [K, N, G, d]. The scale 1 / sqrt(d) is in q already."""
-    return _SpanAttention.apply(q_KNGd, k_KNd, v_KNd, spans)
+@dataclass(frozen=True)
+class Span:
+    """Rows [top, bottom), queries [first, end), keys [left, end); bias [rows, 1, queries, 1, keys]: -inf for unseen."""
+
+    top: int
+    bottom: int
+    left: int
+    first: int
+    end: int
+    bias: torch.Tensor
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.top, self.bottom)
+
+    def numbers(self, heads: int) -> int:
+        return (self.bottom - self.top) * heads * (self.end - self.first) * (self.end - self.left)
 
 
-class _SpanAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, q_KNGd: torch.Tensor, k_KNd: torch.Tensor, v_KNd: torch.Tensor, spans: list[Span]) -> Any:
-        out_KNGd, keys_KdN = torch.empty_like(q_KNGd), k_KNd.transpose(1, 2)
-        probs = q_KNGd.new_empty(sum(_size(q_KNGd, span) for span in spans))
-        for span, probs_Kqs in _pieces(probs, q_KNGd, spans):
-            start, first, end = span
-            torch.bmm(_rows(q_KNGd, span), keys_KdN[:, :, start:end], out=probs_Kqs)
-            own = probs_Kqs.unflatten(1, (end - first, -1))[..., first - start :]
-            own += _future(end - first)
-            torch.softmax(probs_Kqs, -1, out=probs_Kqs)
-            torch.bmm(probs_Kqs, v_KNd[:, start:end], out=_rows(out_KNGd, span))
-        ctx.spans = spans
-        ctx.save_for_backward(q_KNGd, k_KNd, v_KNd, probs)
-        return out_KNGd
+def span_attention(
+    q_BTKGd: torch.Tensor, k_BTKd: torch.Tensor, v_BTKd: torch.Tensor, doc_ids_BT: torch.Tensor
+) -> torch.Tensor:
+    """softmax(q k^T) v -> [B, T, K, G, d], each token over itself and the earlier tokens of its document.
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_KNGd: torch.Tensor) -> Any:
-        q_KNGd, k_KNd, v_KNd, probs = ctx.saved_tensors
-        grad_KNGd = grad_KNGd.contiguous()
-        dq_KNGd, dk_KNd, dv_KNd = torch.empty_like(q_KNGd), torch.zeros_like(k_KNd), torch.zeros_like(v_KNd)
-        values_KdN = v_KNd.transpose(1, 2)
-        for span, probs_Kqs in _pieces(probs, q_KNGd, ctx.spans):
-            seen = slice(span[0], span[2])
-            grad_Kqd = _rows(grad_KNGd, span)
-            dv_KNd[:, seen].baddbmm_(probs_Kqs.transpose(1, 2), grad_Kqd)
-            dprobs_Kqs = torch.bmm(grad_Kqd, values_KdN[:, :, seen])
-            scores = torch._softmax_backward_data(dprobs_Kqs, probs_Kqs, -1, q_KNGd.dtype)
-            torch.bmm(scores, k_KNd[:, seen], out=_rows(dq_KNGd, span))
-            dk_KNd[:, seen].baddbmm_(scores.transpose(1, 2), _rows(q_KNGd, span))
-        return dq_KNGd, dk_KNd, dv_KNd, None
+    K kv heads, each asked by G query heads. The scale 1 / sqrt(d) must be in q already. Saves a copy where q, k and v
+    are views of memory ordered [B, K, T, G, d] and [B, K, T, d].
+    """
+    return _span_attention(q_BTKGd, k_BTKd, v_BTKd, doc_ids_BT)[0]
 
 
-def _rows(x_KNGd: torch.Tensor, span: Span) -> torch.Tensor:
-    """A span's queries, [K, q * G, d]: those of one kv head are one matrix."""
-    return x_KNGd[:, span[1] : span[2]].flatten(1, 2)
+def short_enough(doc_ids_BT: torch.Tensor) -> bool:
+    return sum(span.numbers(heads=1) for span in find_spans(doc_ids_BT, heads=1)) <= MOST_KEYS * doc_ids_BT.numel()
 
 
-def _size(q_KNGd: torch.Tensor, span: Span) -> int:
-    start, first, end = span
-    return q_KNGd.shape[0] * q_KNGd.shape[2] * (end - first) * (end - start)
+_recent: list[tuple[torch.Tensor, int, tuple[Span, ...]]] = []
 
 
-def _pieces(probs: torch.Tensor, q_KNGd: torch.Tensor, spans: list[Span]) -> Any:
-    """Each span with its place [K, q * G, s] in the one buffer of probabilities."""
+def find_spans(doc_ids_BT: torch.Tensor, heads: int) -> tuple[Span, ...]:
+    """The spans of a batch. Every layer asks, so the last few answers are kept, by content."""
+    for known_BT, known_heads, spans in _recent:
+        if known_heads == heads and torch.equal(known_BT, doc_ids_BT):
+            return spans
+    spans = tuple(_plan(doc_ids_BT, heads))
+    _recent.insert(0, (doc_ids_BT.clone(), heads, spans))
+    del _recent[4:]
+    return spans
+
+
+def _plan(doc_ids_BT: torch.Tensor, heads: int) -> Iterator[Span]:
+    rows, length = doc_ids_BT.shape
+    columns_T = torch.arange(length)
+    fresh_BT = torch.ones_like(doc_ids_BT, dtype=torch.bool)
+    fresh_BT[:, 1:] = doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1]
+    start_BT = torch.where(fresh_BT, columns_T, 0).cummax(1).values  # where each token's document starts
+    for first in range(0, length, BLOCK):
+        end = min(first + BLOCK, length)
+        lefts = start_BT[:, first].tolist()
+        top = 0
+        while top < rows:
+            bottom, left, wasted = top + 1, lefts[top], 0
+            while bottom < rows:
+                joint = min(left, lefts[bottom])
+                wasted += (left - joint) * (bottom - top) + lefts[bottom] - joint
+                size = (bottom + 1 - top) * heads * (end - first) * (end - joint)
+                if wasted > SLACK * (bottom - top) or size > LARGEST:
+                    break
+                bottom, left = bottom + 1, joint
+            keys_S = columns_T[left:end]
+            seen_BqS = (keys_S <= columns_T[first:end, None]) & (keys_S >= start_BT[top:bottom, first:end, None])
+            bias_BqS = torch.zeros(seen_BqS.shape).masked_fill_(~seen_BqS, float("-inf"))
+            yield Span(top, bottom, left, first, end, bias_BqS[:, None, :, None])
+            top = bottom
+
+
+@torch.library.custom_op("groundup::span_attention", mutates_args=())
+def _span_attention(
+    q_BTKGd: torch.Tensor, k_BTKd: torch.Tensor, v_BTKd: torch.Tensor, doc_ids_BT: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(attention [B, T, K, G, d], the probabilities of all spans in one buffer)."""
+    q_BKTGd, k_BKTd, v_BKTd = _by_head(q_BTKGd), _by_head(k_BTKd), _by_head(v_BTKd)
+    kv_heads, group = q_BKTGd.shape[1], q_BKTGd.shape[3]
+    spans = find_spans(doc_ids_BT, kv_heads * group)
+    out_BKTGd = torch.empty_like(q_BKTGd)
+    buffer = q_BTKGd.new_empty(sum(span.numbers(kv_heads * group) for span in spans))
+    for span, probs in _pieces(buffer, spans, kv_heads, group):
+        keys, values = (x_BKTd[span.rows, :, span.left : span.end].flatten(0, 1) for x_BKTd in (k_BKTd, v_BKTd))
+        torch.bmm(_queries(q_BKTGd, span), keys.transpose(1, 2), out=probs)
+        probs.view(-1, kv_heads, span.end - span.first, group, span.end - span.left).add_(span.bias)
+        torch.softmax(probs, -1, out=probs)
+        torch.bmm(probs, values, out=_queries(out_BKTGd, span))
+    return out_BKTGd.transpose(1, 2).contiguous(), buffer
+
+
+@torch.library.custom_op("groundup::span_attention_backward", mutates_args=())
+def _span_attention_backward(
+    grad_BTKGd: torch.Tensor,
+    q_BTKGd: torch.Tensor,
+    k_BTKd: torch.Tensor,
+    v_BTKd: torch.Tensor,
+    doc_ids_BT: torch.Tensor,
+    buffer: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    q_BKTGd, k_BKTd, v_BKTd, grad_BKTGd = (_by_head(x) for x in (q_BTKGd, k_BTKd, v_BTKd, grad_BTKGd))
+    kv_heads, group = q_BKTGd.shape[1], q_BKTGd.shape[3]
+    dq_BKTGd, dk_BKTd, dv_BKTd = torch.empty_like(q_BKTGd), torch.zeros_like(k_BKTd), torch.zeros_like(v_BKTd)
+    for span, probs in _pieces(buffer, find_spans(doc_ids_BT, kv_heads * group), kv_heads, group):
+        keys, values, dkeys, dvalues = (
+            x_BKTd[span.rows, :, span.left : span.end].flatten(0, 1) for x_BKTd in (k_BKTd, v_BKTd, dk_BKTd, dv_BKTd)
+        )
+        queries, grad = _queries(q_BKTGd, span), _queries(grad_BKTGd, span)
+        dvalues.baddbmm_(probs.transpose(1, 2), grad)
+        dprobs = torch.bmm(grad, values.transpose(1, 2))
+        scores = torch._softmax_backward_data(dprobs, probs, -1, probs.dtype)
+        torch.bmm(scores, keys, out=_queries(dq_BKTGd, span))
+        dkeys.baddbmm_(scores.transpose(1, 2), queries)
+    return dq_BKTGd.transpose(1, 2), dk_BKTd.transpose(1, 2), dv_BKTd.transpose(1, 2)
+
+
+def _by_head(x_BTK: torch.Tensor) -> torch.Tensor:
+    return x_BTK.transpose(1, 2).contiguous()
+
+
+def _queries(x_BKTGd: torch.Tensor, span: Span) -> torch.Tensor:
+    """A view of a span's queries, a matrix [q * G, d] for each row and kv head."""
+    block = x_BKTGd[span.rows, :, span.first : span.end]
+    return block.view(-1, block.shape[2] * block.shape[3], block.shape[4])
+
+
+def _pieces(buffer: torch.Tensor, spans: tuple[Span, ...], kv_heads: int, group: int) -> Any:
+    """Each span with its probabilities [rows * K, q * G, s] in the buffer."""
     used = 0
     for span in spans:
-        size = _size(q_KNGd, span)
-        yield span, probs[used : used + size].view(q_KNGd.shape[0], -1, span[2] - span[0])
+        size = span.numbers(kv_heads * group)
+        yield span, buffer[used : used + size].view(-1, (span.end - span.first) * group, span.end - span.left)
         used += size
 
 
-@functools.lru_cache(maxsize=BLOCK)
-def _future(size: int) -> torch.Tensor:
-    """-inf where a key of the block comes after its query, [size, 1, size]."""
-    return torch.full((size, size), float("-inf")).triu(1)[:, None]
+@_span_attention.register_fake
+def _(q_BTKGd: Any, k_BTKd: Any, v_BTKd: Any, doc_ids_BT: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Shapes for the compiler; how many probabilities there are depends on the documents."""
+    return q_BTKGd.new_empty(q_BTKGd.shape), q_BTKGd.new_empty(torch.library.get_ctx().new_dynamic_size())
+
+
+@_span_attention_backward.register_fake
+def _(grad: Any, q_BTKGd: Any, k_BTKd: Any, v_BTKd: Any, doc_ids_BT: Any, buffer: Any) -> Any:
+    return tuple(x.new_empty(x.transpose(1, 2).shape).transpose(1, 2) for x in (q_BTKGd, k_BTKd, v_BTKd))
+
+
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
+    ctx.save_for_backward(*inputs, output[1])
+
+
+def _backward(ctx: Any, grad_BTKGd: torch.Tensor, _: Any) -> Any:
+    return *_span_attention_backward(grad_BTKGd, *ctx.saved_tensors), None
+
+
+_span_attention.register_autograd(_backward, setup_context=_save)
