@@ -46,6 +46,7 @@ class Options:
     dtype: str = "fp32"
     device: str = "cpu"
     tune: bool = False
+    sweep: bool = False
     shape: Mapping[str, int] = field(default_factory=dict)  # replaces widths of every preset: for smoke tests
 
     def base(self) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def read_options(asked: argparse.Namespace, work: Path) -> Options:
     chosen = (QUICK if asked.quick else {}) | {key: value for key, value in given.items() if value is not None}
     device = asked.device or ("cuda" if torch.cuda.is_available() else "cpu")
     return Options(
-        work=work, presets=asked.presets, peers=asked.peers, tune=asked.tune, device=device,
+        work=work, presets=asked.presets, peers=asked.peers, tune=asked.tune, sweep=asked.sweep, device=device,
         dtype=asked.dtype or ("bf16" if device.startswith("cuda") else "fp32"),
         batch=asked.batch or (8 if device == "cpu" else 64), shape=asked.shape,
         seq_len=asked.seq_len, **chosen,
@@ -101,6 +101,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--presets", type=names, default=Options.presets)
     add("--peers", type=names, default=Options.peers, help="trainer,litgpt; empty for ours alone")
     add("--tune", action="store_true", help="try each program's settings first and use its fastest")
+    add("--sweep", action="store_true", help="minutes: the baseline at several learning rates, the best one counts")
     add("--rounds", type=int, help=f"turns for each program (default {Options.rounds})")
     add("--seconds", type=float, help=f"length of a turn (default {Options.seconds:g})")
     add("--minutes", type=float, help=f"training time of the quality baseline (default {Options.minutes:g})")
