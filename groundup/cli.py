@@ -86,6 +86,8 @@ def train(
     result = run(recipe, overrides or [])
     text = "already finished" if result.get("already_finished") else "finished"
     figures = ", ".join(f"{k} {v:.4g}" for k, v in result["metrics"].items() if isinstance(v, float))
+    if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks
+        return
     _show(result, as_json, f"{text}: {result['output']} ({result['steps']} steps; {figures})")
 
 

@@ -52,9 +52,6 @@ class TrainConfig(_Section):
     eval_every: int | None = Field(None, ge=1, description="steps; default: a tenth of the run")
     eval_rows: int = Field(64, ge=1, description="validation rows read at each evaluation")
     early_stop: int = Field(0, ge=0, description="evaluations without improvement before stopping; 0 turns it off")
-    max_bad_rows: float = Field(
-        0.01, ge=0, le=1, description="share of rows that may train nothing before the run stops"
-    )
 
     @field_validator("compile", mode="before")
     @classmethod

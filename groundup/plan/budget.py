@@ -19,14 +19,14 @@ SFT_SHARE = 0.4
 TOKENS_PER_PARAMETER = 3.0  # of pretraining, the least: a deeper model is chosen while it still sees so many
 DEPTHS = range(2, 25)
 SEQ_LEN = 512
-BATCH_TOKENS = 4096  # in an optimizer step of the smallest model
+BATCH_TOKENS = 2048  # in an optimizer step of the smallest model
 MAX_BATCH_TOKENS = 65536
-STEPS = 1500  # wanted in a stage: the batch grows when there is time for more
-LR, LR_WIDTH = 3e-3, 128  # AdamW's peak at that width; falls with the square root of the width
-MUON_LR = 0.02  # Muon's steps are scaled by the shape of each matrix: the width leaves it alone
+STEPS = 3000  # wanted in a stage: the batch grows when there is time for more
+LR, LR_WIDTH = 1e-2, 128  # AdamW's peak at that width; falls with the square root of the width
+MUON_LR = 0.01  # Muon's steps are scaled by the shape of each matrix: the width leaves it alone
 SFT_LR_RATIO = 0.5
 MAX_EPOCHS = 4.0  # over own files: repeating text more often teaches little (Muennighoff et al. 2023, arXiv 2305.16264)
-OPTIM = {"name": "muon", "schedule": "linear", "warmup": 0.02, "min_lr_ratio": 0.02}
+OPTIM = {"name": "muon", "schedule": "linear", "warmup": 0.02, "min_lr_ratio": 0.0, "weight_decay": 0.0}
 SAVING = 0.93  # of the time goes into steps; the rest into checkpoints, held-out losses and slower moments
 # Share of the matrix-product peak that a step reaches, by millions of parameters; between them by interpolation.
 SHARE_OF_PEAK = ((1.0, 0.40), (5.0, 0.55), (26.0, 0.65), (100.0, 0.70))
@@ -197,24 +197,16 @@ def _batch_size(tokens: float) -> int:
     return size
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
-    """Floating-point operations of training on one token: 6 a weight (a tied head counts), and causal attention's."""
-    from groundup.model.config import num_parameters
-
-    embedding = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
-    return 6.0 * (num_parameters(config) - embedding + attention)
-
-
 def guessed_rate(config: ModelConfig, seq_len: int, peak: float) -> float:
     """Tokens per second that a model of this size should reach where matrix products run at `peak` FLOP/s."""
     import numpy
 
     from groundup.model.config import num_parameters
+    from groundup.model.flops import Flops
 
     sizes, shares = zip(*SHARE_OF_PEAK, strict=True)
     share = float(numpy.interp(numpy.log(num_parameters(config) / 1e6), numpy.log(sizes), shares))
-    return share * peak / flops_per_token(config, seq_len)
+    return share * peak / Flops(config, seq_len)(1, 1)
 
 
 def measure_step(
@@ -243,7 +235,9 @@ def measure_step(
     dtype = pick_dtype("auto", where)
     sync = torch.cuda.synchronize if where.type == "cuda" else (lambda: None)
     with torch.random.fork_rng(devices=[]):
-        model = Transformer(config).to(where)
+        model = Transformer(config)
+        model.init_weights(0)  # torch's own would make denormal softmax weights, which are slow
+        model.to(where)
         ids_BT = torch.randint(config.vocab_size, (batch_size, seq_len)).to(where)
     optimizer = build_optimizer(model, optim or OptimConfig.model_validate({}))
     places_BT = torch.arange(seq_len, device=where).expand(batch_size, -1)

@@ -9,7 +9,6 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from groundup.device import CompilePolicy
-from groundup.model.config import ModelConfig, num_parameters
 from groundup.train.folder import cache_folder
 
 
@@ -28,17 +27,3 @@ def compile_blocks(blocks: nn.ModuleList, policy: CompilePolicy) -> None:
         os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "inductor"))
         for block in blocks:
             block.compile()
-
-
-class Flops:
-    """Floating-point operations of training: forward and backward, 6 a weight and token, and causal attention's."""
-
-    def __init__(self, config: ModelConfig, seq_len: int) -> None:
-        head = config.vocab_size * config.hidden_size
-        trunk = num_parameters(config) - head * (1 if config.tie_word_embeddings else 2)
-        attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * seq_len
-        self.per_token = 6 * (trunk + attention)
-        self.per_label = 6 * head  # the head reads trained positions only
-
-    def __call__(self, tokens: float, labels: float) -> float:
-        return self.per_token * tokens + self.per_label * labels

@@ -20,6 +20,7 @@ from groundup.device import compile_policy, keep_memory, peak_flops, pick_device
 from groundup.dist.mesh import rank_and_size
 from groundup.errors import UserError
 from groundup.model.config import ModelConfig, num_parameters
+from groundup.model.flops import Flops
 from groundup.model.io import load_model, save_model
 from groundup.model.presets import preset
 from groundup.model.transformer import Transformer
@@ -29,7 +30,7 @@ from groundup.train import checkpoint
 from groundup.train.folder import RunFolder, cache_folder
 from groundup.train.loop import Loop
 from groundup.train.plots import draw
-from groundup.train.prepare import Flops, compile_blocks, recompute_blocks
+from groundup.train.prepare import compile_blocks, recompute_blocks
 from groundup.train.pretrain import Pretrain
 from groundup.train.progress import Progress
 from groundup.train.rng import seed_all

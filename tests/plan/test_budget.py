@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from groundup.errors import UserError
-from groundup.model.presets import preset, scaled
+from groundup.model.presets import scaled
 from groundup.plan import budget
-from groundup.plan.budget import flops_per_token, guessed_rate, measure_step, plan_quickstart
+from groundup.plan.budget import measure_step, plan_quickstart
 
 PEAK = 1e11
 
@@ -69,16 +69,6 @@ def test_no_time_is_refused() -> None:
         plan_quickstart(0, peak=PEAK)
     with pytest.raises(UserError, match="depth=-1"):
         plan_quickstart(1, depth=-1, peak=PEAK)
-
-
-def test_flops_by_hand() -> None:
-    """6 a weight of matrices and tied head, and 6 a width, product and visible position (half of the row)."""
-    c = preset("tiny", 2048)
-    matrices = 4 * (128 * 32 * (4 + 2 + 2 + 4) + 3 * 128 * 384) + 2048 * 128
-    attention = 4 * 2 * (4 * 32) * (256 / 2)  # two products, each over half of the row
-    norms = 4 * (2 * 128 + 2 * 32) + 128
-    assert flops_per_token(c, 256) == 6 * (matrices + norms + attention)
-    assert guessed_rate(c, 256, 2 * PEAK) == pytest.approx(2 * guessed_rate(c, 256, PEAK))
 
 
 def test_measure_step_runs_real_steps() -> None:

@@ -17,11 +17,11 @@ from train_helpers import figures, furthest, weights
 from groundup.config import build_recipe
 from groundup.dist import World
 from groundup.errors import UserError
+from groundup.model.flops import Flops
 from groundup.model.io import load_model
 from groundup.optim import lr_factor
 from groundup.tokenizer import load_tokenizer
 from groundup.train.ema import EMA
-from groundup.train.prepare import Flops
 from groundup.train.pretrain import Pretrain
 from groundup.train.stage import Place, TokenStage
 
