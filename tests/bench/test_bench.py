@@ -13,6 +13,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from bench import material, train
 from bench.flops import flops_per_token, multiplied_parameters
 from bench.measure import Program, ratio
+from bench.options import Options
+from bench.parts import minutes
 from bench.parts.minutes import crossing
 from bench.turns import Turns
 from groundup.model.config import num_parameters
@@ -89,6 +91,30 @@ def test_crossing_interpolates():
     assert crossing(curve, 1.5) == pytest.approx(30)
     assert crossing(curve, 3.2) == pytest.approx(10)
     assert crossing(curve, 1.0) is None
+
+
+def test_minutes_hold_ours_against_the_best_rate_and_lengthen_until_reached(tmp_path, monkeypatch):
+    best = {1e-3: 2.2, 3e-3: 2.0, 6e-3: 2.1, 1e-2: 2.3}  # bits per byte of the baseline by its learning rate
+    steps_asked = []
+
+    def trained(recipe, steps, output, say):
+        if recipe["optim"]["name"] == "adamw":
+            return {"steps": 100, "bits_per_byte": best[recipe["optim"]["lr"]], "curve": []}
+        steps_asked.append(steps)
+        last = 2.1 if len(steps_asked) == 1 else 1.9  # too short at first, then good enough
+        return {"steps": round(steps), "bits_per_byte": last, "curve": [(20, 2.5), (round(steps), last)]}
+
+    monkeypatch.setattr(minutes, "train", trained)
+    monkeypatch.setattr(minutes, "step_seconds", lambda *_: [0.6, 1.2])
+    monkeypatch.setattr(minutes, "usual_start", lambda *_: "usual")
+    monkeypatch.setattr(material, "real", lambda names: [tmp_path / name for name in names])
+    monkeypatch.setattr(material.Material, "tokenizer_dir", lambda *_: tmp_path)
+    result = minutes.run(Options(tmp_path, minutes=1, sweep=True), material.Material(tmp_path), print)
+    assert steps_asked == pytest.approx([30, 40])  # 0.6 and 0.8 of 60 s, at 1.2 s a step
+    assert result["minutes"]["baseline"]["lr"] == 3e-3
+    reached = 20 + 20 * (2.5 - 2.0) / (2.5 - 1.9)
+    assert result["minutes_ratio"] == pytest.approx(reached * 1.2 / (100 * 0.6))
+    assert "of the time" in minutes.show(result).caption
 
 
 def test_turns_measure_after_the_warm_up_only(monkeypatch):
