@@ -17,8 +17,8 @@ import torch
 
 BLOCK = 64  # queries: smaller wastes less of the triangle, larger products run faster; 64 won from 256 to 1024 tokens
 SLACK = 32  # keys a row that may be computed in vain to save a call
-LARGEST = 2**18  # probabilities computed together (1 MB): what a core's cache holds
-MOST_KEYS = 576  # a query, on average: beyond, the probabilities take more memory than they save time
+LARGEST = 2**18  # probabilities computed together by a thread (1 MB): what a core's cache holds
+MOST_KEYS = 544  # a query, on average: beyond, the probabilities take more memory than they save time
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,9 @@ def span_attention(
 
 
 def short_enough(doc_ids_BT: torch.Tensor) -> bool:
-    return sum(span.numbers(heads=1) for span in find_spans(doc_ids_BT, heads=1)) <= MOST_KEYS * doc_ids_BT.numel()
+    """Whether the documents are as short as this is good for: by the keys that queries see on average."""
+    places_T = torch.arange(1, doc_ids_BT.shape[1] + 1)
+    return (places_T - _starts(doc_ids_BT)).sum().item() <= MOST_KEYS * doc_ids_BT.numel()
 
 
 _recent: list[tuple[torch.Tensor, int, tuple[Span, ...]]] = []
@@ -69,12 +71,17 @@ def find_spans(doc_ids_BT: torch.Tensor, heads: int) -> tuple[Span, ...]:
     return spans
 
 
-def _plan(doc_ids_BT: torch.Tensor, heads: int) -> Iterator[Span]:
-    rows, length = doc_ids_BT.shape
-    columns_T = torch.arange(length)
+def _starts(doc_ids_BT: torch.Tensor) -> torch.Tensor:
+    """The column where each token's document starts."""
     fresh_BT = torch.ones_like(doc_ids_BT, dtype=torch.bool)
     fresh_BT[:, 1:] = doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1]
-    start_BT = torch.where(fresh_BT, columns_T, 0).cummax(1).values  # where each token's document starts
+    return torch.where(fresh_BT, torch.arange(doc_ids_BT.shape[1]), 0).cummax(1).values
+
+
+def _plan(doc_ids_BT: torch.Tensor, heads: int) -> Iterator[Span]:
+    rows, length = doc_ids_BT.shape
+    columns_T, largest = torch.arange(length), LARGEST * torch.get_num_threads()
+    start_BT = _starts(doc_ids_BT)
     for first in range(0, length, BLOCK):
         end = min(first + BLOCK, length)
         lefts = start_BT[:, first].tolist()
@@ -85,7 +92,7 @@ def _plan(doc_ids_BT: torch.Tensor, heads: int) -> Iterator[Span]:
                 joint = min(left, lefts[bottom])
                 wasted += (left - joint) * (bottom - top) + lefts[bottom] - joint
                 size = (bottom + 1 - top) * heads * (end - first) * (end - joint)
-                if wasted > SLACK * (bottom - top) or size > LARGEST:
+                if wasted > SLACK * (bottom - top) or size > largest:
                     break
                 bottom, left = bottom + 1, joint
             keys_S = columns_T[left:end]

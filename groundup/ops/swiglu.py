@@ -1,8 +1,9 @@
 """SwiGLU: silu(gate) * up, the product that gates the feed-forward layer (arXiv 2002.05202).
 
 Fast on a CPU: norm, both matrices, the product and the way back as one step that works through the tokens a chunk at
-a time, so that each chunk's wide activations are still in the cache when the next pass wants them. With s = silu(g)
-and sigma = sigmoid(g), d silu / dg = sigma + s - s * sigma = lerp(s, 1, sigma): the way back needs no exponential.
+a time, so that each chunk's wide activations are still in the cache when the next pass wants them. The way back needs
+no exponential: with s = silu(g), sigma = sigmoid(g) and the product h = s * u, the slope of h in g is
+u * (sigma + s * (1 - sigma)) = u * sigma + h * (1 - sigma) = lerp(h, u, sigma).
 """
 
 from __future__ import annotations
@@ -52,16 +53,16 @@ class _ResidualFFN(torch.autograd.Function):
         wide = down_DF.shape[1]
         dgate_up_D2F, ddown = grad_ND.new_zeros(grad_ND.shape[1], 2 * wide), torch.zeros_like(down_DF)
         dx_ND = torch.empty_like(grad_ND)
-        one = torch.ones((), dtype=grad_ND.dtype)
         for rows in _chunks(grad_ND):
             silu, up = wide_N2F[rows].split(wide, dim=1)
             sigma, grad, x_hat = sigma_NF[rows], grad_ND[rows], x_hat_ND[rows]
-            ddown.addmm_(grad.T, silu * up)
-            dwide = grad @ down_DF
+            product = silu * up
+            ddown.addmm_(grad.T, product)
+            dproduct = grad @ down_DF
             both = torch.empty_like(wide_N2F[rows])
             dgate, dup = both.split(wide, dim=1)
-            torch.mul(dwide, silu, out=dup)
-            torch.mul(dwide.mul_(up), torch.lerp(silu, one, sigma), out=dgate)
+            torch.mul(dproduct, silu, out=dup)
+            torch.mul(dproduct, torch.lerp(product, up, sigma, out=product), out=dgate)
             dgate_up_D2F.addmm_(x_hat.T, both)
             torch.mm(both, gate_up_2FD, out=dx_ND[rows])
             normalize_backward_(dx_ND[rows], x_hat, rstd_N1[rows]).add_(grad)
@@ -69,7 +70,8 @@ class _ResidualFFN(torch.autograd.Function):
 
 
 def _chunks(x_ND: torch.Tensor) -> list[slice]:
-    """Tokens in pieces that a cache holds; wider models want longer ones, so that products outweigh adding them up."""
+    """Tokens in pieces that the cores' caches hold; wider models want longer ones, so that the products of a piece
+    outweigh adding them to the matrices' gradients."""
     tokens, width = x_ND.shape
-    step = max(256, 2 * width)
+    step = max(256, 2 * width) * torch.get_num_threads()
     return [slice(start, start + step) for start in range(0, tokens, step)]
