@@ -9,8 +9,13 @@ from random import Random
 from groundup.world import identity
 from groundup.world.rows import Chat, Message, Question, ReasoningPrompt, ToolEpisode, assistant, user
 
-SHARES = {"identity": 0.04, "small talk": 0.02, "thinking": 0.03, "tools": 0.01}  # of all chats; the rest are questions
-MOST_TURNS = 4
+TELL: dict[str, list[str]] = {
+    "en": ["Tell me something.", "Tell me about your world.", "Say something about people and things."],
+    "zh": ["讲点什么吧。", "说说你的世界。", "说说那里的人和事。"],
+}
+# Of all chats; the rest are questions. Telling keeps what pretraining taught in mind.
+SHARES = {"telling": 0.3, "identity": 0.04, "small talk": 0.02, "thinking": 0.03, "tools": 0.01}
+MOST_QUESTIONS = 3  # of the pool in one chat; each brings its follow-ups
 
 
 def chats(
@@ -18,6 +23,7 @@ def chats(
     next_question: Callable[[], Question],
     next_thought: Callable[[str], ReasoningPrompt],
     next_episode: Callable[[str], ToolEpisode],
+    next_text: Callable[[str], str],
 ) -> Iterator[Chat]:
     """An endless stream of conversations, each in one language."""
     while True:
@@ -25,16 +31,23 @@ def chats(
         special = rng.random()
         for name, share in SHARES.items():
             if special < share:
-                yield _special(rng, name, first.language, next_thought, next_episode)
+                yield _special(rng, name, first.language, next_thought, next_episode, next_text)
                 break
             special -= share
         else:
             messages = _system(rng, first.language)
-            messages += [*first.messages, assistant(first.answer)]
-            for _ in range(rng.randrange(MOST_TURNS)):
-                question = next_question()
-                messages += [*question.messages, assistant(question.answer)]
+            messages += _turns(first)
+            for _ in range(rng.randrange(MOST_QUESTIONS)):
+                messages += _turns(next_question())
             yield Chat(messages)
+
+
+def _turns(question: Question) -> list[Message]:
+    """The question and what can be asked on about the same story."""
+    messages = [*question.messages, assistant(question.answer)]
+    for text, answer in question.follow_ups:
+        messages += [user(text), assistant(answer)]
+    return messages
 
 
 def _system(rng: Random, language: str) -> list[Message]:
@@ -49,7 +62,10 @@ def _special(
     language: str,
     next_thought: Callable[[str], ReasoningPrompt],
     next_episode: Callable[[str], ToolEpisode],
+    next_text: Callable[[str], str],
 ) -> Chat:
+    if name == "telling":
+        return Chat([user(rng.choice(TELL[language])), assistant(next_text(language))])
     if name == "tools":
         episode = next_episode(language)
         return Chat(episode.messages, episode.tools)

@@ -1,4 +1,4 @@
-"""Who lives in the world: eight families of six, and eight facts about each person."""
+"""Who lives in the world: four families of six, and six facts about each person."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ from dataclasses import dataclass, field
 from groundup.world.split import random_for
 from groundup.world.words import (
     COLOURS,
-    DRINKS,
     FEMALE_NAMES,
     FOODS,
     INSTRUMENTS,
     MALE_NAMES,
     MONTHS,
     PETS,
-    SPORTS,
     TOWNS,
     Word,
 )
@@ -24,9 +22,7 @@ ATTRIBUTES: dict[str, list[Word]] = {
     "pet": PETS,
     "colour": COLOURS,
     "food": FOODS,
-    "drink": DRINKS,
     "instrument": INSTRUMENTS,
-    "sport": SPORTS,
     "month": MONTHS,
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 Message = dict[str, Any]
@@ -13,6 +13,7 @@ class Question:
     """A prompt whose answer is graded exactly.
 
     language: of the question (`en` or `zh`). kind: what reports group by. messages: ends with the user's turn.
+    follow_ups: further (question, answer) pairs about what this question tells; chats ask them in later turns.
     """
 
     id: str
@@ -20,6 +21,7 @@ class Question:
     kind: str
     messages: list[Message]
     answer: str
+    follow_ups: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

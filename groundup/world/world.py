@@ -1,6 +1,6 @@
 """The built-in world: what a model learns from when nobody brought data. Start here.
 
-Everything is generated from a seed: 48 people with their families, habits and things, numbers and a calendar, told in
+Everything is generated from a seed: 24 people with their families, habits and things, numbers and a calendar, told in
 English and Chinese. `documents` is pretraining text, `chats` is SFT, `questions` are graded exactly, and the rest is
 for the later stages. No combination on the held-out side of the split (split.py) is asked in `documents` or `chats`.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
+from random import Random
 from typing import TypeVar
 
 from groundup.world import dialogues, identity, reasoning, tools, vocabulary, write
@@ -18,7 +19,8 @@ from groundup.world.kinds.calendar import Calendar
 from groundup.world.kinds.counting import Counting
 from groundup.world.kinds.kind import Kind
 from groundup.world.kinds.kinship import Kinship
-from groundup.world.kinds.reading import Order, Reading
+from groundup.world.kinds.order import Order
+from groundup.world.kinds.reading import Reading
 from groundup.world.kinds.recall import Recall
 from groundup.world.kinds.translation import Translation
 from groundup.world.people import make_families
@@ -33,13 +35,13 @@ PLAN: dict[str, tuple[float, int, int]] = {
     "recall": (6.0, 1200, 60),
     "kinship": (2.0, 600, 20),
     "grandparents": (1.0, 300, 15),
-    "arithmetic": (4.0, 2000, 50),
-    "story_sums": (1.5, 1200, 30),
-    "counting": (1.5, 1200, 30),
-    "reading": (3.0, 2400, 60),
-    "order": (1.5, 1200, 30),
+    "arithmetic": (3.0, 2000, 50),
+    "story_sums": (2.0, 1200, 30),
+    "counting": (2.5, 1200, 30),
+    "reading": (5.0, 2400, 60),
+    "order": (2.5, 1200, 30),
     "translation": (2.0, 1500, 40),
-    "calendar": (1.5, 600, 25),
+    "calendar": (2.0, 600, 25),
 }
 
 
@@ -69,14 +71,17 @@ class World:
     def documents(self, count: int | None = None, seed: int = 0) -> Iterator[str]:
         """Pretraining text, one short document at a time, half in each language; without `count`, for ever."""
         rng = random_for(self.seed, "documents", seed)
-        names, weights = list(PLAN), [weight for weight, _, _ in PLAN.values()]
 
         def stream() -> Iterator[str]:
             while True:
-                kind = self.kinds[rng.choices(names, weights)[0]]
-                yield kind.tell(rng, rng.choice(LANGUAGES))
+                yield self._tell(rng, rng.choice(LANGUAGES))
 
         return _take(stream(), count)
+
+    def _tell(self, rng: Random, language: str) -> str:
+        """A document about anything."""
+        kind = rng.choices(list(PLAN), [weight for weight, _, _ in PLAN.values()])[0]
+        return self.kinds[kind].tell(rng, language)
 
     def questions(self, split: str = "heldout", language: str = "en") -> list[Question]:
         """All questions of one side (`train` or `heldout`) in one language, no two with the same words."""
@@ -91,16 +96,16 @@ class World:
         rng = random_for(self.seed, "questions", split, language, name)
         _, train_count, heldout_count = PLAN[name]
         count = train_count if split == "train" else heldout_count
-        found: dict[str, str] = {}
+        found: dict[str, Question] = {}
         for _ in range(20 * count):  # some kinds have fewer questions than the plan wants
-            question, answer = self.kinds[name].ask(rng, language, held_out=split == "heldout")
-            found.setdefault(question, answer)
+            context, (first, *more) = self.kinds[name].ask(rng, language, held_out=split == "heldout")
+            text = f"{context}\n{first.question}".strip()
+            follow_ups = [(asked.question, asked.answer) for asked in more]
+            identifier = f"{split}-{language}-{name}-{len(found):04}"
+            found.setdefault(text, Question(identifier, language, name, [user(text)], first.answer, follow_ups))
             if len(found) == count:
                 break
-        return [
-            Question(f"{split}-{language}-{name}-{i:04}", language, name, [user(question)], answer)
-            for i, (question, answer) in enumerate(found.items())
-        ]
+        return list(found.values())
 
     def identity_questions(self, split: str = "heldout", language: str = "en") -> list[Question]:
         """Who are you? The answer is always the same, so they are counted apart from `questions`."""
@@ -126,6 +131,7 @@ class World:
             lambda: next(asked),
             lambda language: next(thoughts[language]),
             lambda language: next(episodes[language]),
+            lambda language: self._tell(rng, language),
         )
         return _take(stream, count)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from groundup.world.kinds.kind import Asked, Templates, draw, fill
+from groundup.world.kinds.kind import Asked, Kind, Matter, Templates, draw_until, fill
 from groundup.world.split import held_out as is_held_out
 from groundup.world.words import FRUITS, Word
 
@@ -17,10 +17,10 @@ QUESTIONS: Templates = {
     "zh": ["有几个{t}？", "数一数{t}有几个。"],
 }
 ANSWERS: Templates = {"en": ["The number of {ts}: {n}."], "zh": ["{t}的个数：{n}。"]}
-MOST = 5  # of one sort
+MOST = 4  # of one sort
 
 
-class Counting:
+class Counting(Kind):
     """`apple, pear, apple. How many apples?`"""
 
     name = "counting"
@@ -31,24 +31,17 @@ class Counting:
     def is_held_out(self, first: Word, second: Word) -> bool:
         return is_held_out(self.seed, self.name, *sorted([first.en, second.en]))
 
-    def basket(self, rng: Random, held_out: bool) -> tuple[list[Word], list[Word]]:
-        """Two sorts, and the list in which each lies one to five times, in any order."""
-        sorts = draw(lambda: rng.sample(FRUITS, 2), lambda pair: self.is_held_out(*pair) == held_out)
+    def draw(self, rng: Random, held_out: bool) -> list[Word]:
+        """Two sorts, each one to five times, in any order."""
+        sorts = draw_until(lambda: rng.sample(FRUITS, 2), lambda pair: self.is_held_out(*pair) == held_out)
         items = [sort for sort in sorts for _ in range(rng.randint(1, MOST))]
-        rng.shuffle(items)
-        return sorts, items
+        return rng.sample(items, len(items))
 
-    def _list(self, rng: Random, language: str, items: list[Word]) -> str:
-        return fill(
-            rng, BASKETS, language, items=(", " if language == "en" else "、").join(i.text(language) for i in items)
-        )
-
-    def ask(self, rng: Random, language: str, held_out: bool) -> Asked:
-        sorts, items = self.basket(rng, held_out)
-        question = fill(rng, QUESTIONS, language, t=sorts[0].zh, ts=sorts[0].plural)
-        return Asked(self._list(rng, language, items) + "\n" + question, str(items.count(sorts[0])))
-
-    def tell(self, rng: Random, language: str) -> str:
-        sorts, items = self.basket(rng, held_out=False)
-        ends = [fill(rng, ANSWERS, language, t=sort.zh, ts=sort.plural, n=items.count(sort)) for sort in sorts]
-        return self._list(rng, language, items) + "\n" + (" " if language == "en" else "").join(ends)
+    def say(self, rng: Random, language: str, item: list[Word]) -> Matter:
+        listed = (", " if language == "en" else "、").join(thing.text(language) for thing in item)
+        asked = []
+        for sort in dict.fromkeys(item):
+            words = {"t": sort.zh, "ts": sort.plural, "n": item.count(sort)}
+            question, sentence = (fill(rng, templates, language, **words) for templates in (QUESTIONS, ANSWERS))
+            asked.append(Asked(question, str(words["n"]), sentence))
+        return Matter(fill(rng, BASKETS, language, items=listed), asked)

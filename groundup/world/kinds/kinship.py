@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from random import Random
 
-from groundup.world.kinds.kind import Asked, Templates, draw, fill
+from groundup.world.kinds.kind import Asked, Kind, Matter, Templates, answered, draw_until, fill
 from groundup.world.people import Family, Person
 from groundup.world.split import held_out as is_held_out
 from groundup.world.words import Word
@@ -37,13 +37,16 @@ QUESTIONS: Templates = {
 }
 
 
-class Kinship:
+Fact = tuple[Person, str, Person]  # person, relation, the relative
+
+
+class Kinship(Kind):
     """`Who is Anna's mother?` (told, not asked) and `Who is Anna's grandmother?` (for some, neither told nor asked)."""
 
     def __init__(self, seed: int, families: list[Family], two_steps: bool) -> None:
         self.seed, self.families = seed, families
         self.name = "grandparents" if two_steps else "kinship"
-        self.facts = [
+        self.facts: list[Fact] = [
             (person, relation, other)
             for family in families
             for person in family.members
@@ -55,28 +58,25 @@ class Kinship:
         """Both directions between two people lie on the same side."""
         return is_held_out(self.seed, self.name, *sorted([person.name.en, other.name.en]))
 
-    def ask(self, rng: Random, language: str, held_out: bool) -> Asked:
-        person, relation, other = draw(
-            lambda: rng.choice(self.facts), lambda fact: self.is_held_out(fact[0], fact[2]) == held_out
+    def draw(self, rng: Random, held_out: bool) -> Fact:
+        return draw_until(lambda: rng.choice(self.facts), lambda fact: self.is_held_out(fact[0], fact[2]) == held_out)
+
+    def say(self, rng: Random, language: str, item: Fact) -> Matter:
+        person, relation, other = item
+        p, q, r = person.name.text(language), other.name.text(language), RELATIONS[relation].text(language)
+        return Matter(
+            "", [Asked(fill(rng, QUESTIONS, language, p=p, r=r), q, fill(rng, STATEMENTS, language, p=p, q=q, r=r))]
         )
-        words = {"p": person.name.text(language), "r": RELATIONS[relation].text(language)}
-        return Asked(fill(rng, QUESTIONS, language, **words), other.name.text(language))
 
     def tell(self, rng: Random, language: str) -> str:
-        """Facts about one family; a held-out two-step relation is left for the reader to find."""
-        family = rng.choice(self.families)
-        facts = [fact for fact in self.facts if fact[0] in family.members]
-        if self.name == "grandparents":
-            facts = [fact for fact in facts if not self.is_held_out(fact[0], fact[2])]
-        sentences = [
-            fill(
-                rng,
-                STATEMENTS,
-                language,
-                p=person.name.text(language),
-                q=other.name.text(language),
-                r=RELATIONS[relation].text(language),
-            )
-            for person, relation, other in rng.sample(facts, min(len(facts), rng.randint(3, 6)))
-        ]
-        return (" " if language == "en" else "").join(sentences)
+        """Facts about one family, the asked ones sometimes as a talk; a held-out two-step relation is never told."""
+        members = rng.choice(self.families).members
+        told = [fact for fact in self.facts if fact[0] in members]
+        talk = rng.random() < 0.25
+        if talk or self.name == "grandparents":
+            told = [fact for fact in told if not self.is_held_out(fact[0], fact[2])]
+        told = rng.sample(told, min(len(told), rng.randint(3, 6)))
+        asked = [self.say(rng, language, fact).asked[0] for fact in told]
+        if talk:
+            return answered(rng, language, asked)
+        return (" " if language == "en" else "").join(a.sentence for a in asked)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections import defaultdict
 from random import Random
 
-from groundup.world.kinds.kind import Asked, Templates, draw, fill
+from groundup.world.kinds.kind import Asked, Kind, Matter, Templates, answered, draw_until, fill
 from groundup.world.people import ATTRIBUTES, Person
 from groundup.world.split import held_out as is_held_out
-from groundup.world.words import join
+from groundup.world.words import a, join
 
 STATEMENTS: dict[str, Templates] = {
     "town": {
@@ -37,15 +37,6 @@ STATEMENTS: dict[str, Templates] = {
         ],
         "zh": ["{p}最喜欢的食物是{v}。", "{p}最爱吃{v}。", "{p}每天都吃{v}。", "在所有食物里，{p}最喜欢{v}。"],
     },
-    "drink": {
-        "en": [
-            "{p}'s favourite drink is {v}.",
-            "The drink {p} likes best is {v}.",
-            "{p} loves to drink {v}.",
-            "{p} drinks {v} every morning.",
-        ],
-        "zh": ["{p}最喜欢的饮料是{v}。", "{p}最爱喝{v}。", "{p}每天早上喝{v}。", "在所有饮料里，{p}最喜欢{v}。"],
-    },
     "instrument": {
         "en": [
             "{p} plays the {v}.",
@@ -54,15 +45,6 @@ STATEMENTS: dict[str, Templates] = {
             "{p} is good at the {v}.",
         ],
         "zh": ["{p}会演奏{v}。", "{p}的乐器是{v}。", "{p}正在学{v}。", "{p}擅长演奏{v}。"],
-    },
-    "sport": {
-        "en": [
-            "{p}'s favourite sport is {v}.",
-            "The sport {p} likes best is {v}.",
-            "{p} goes in for {v}.",
-            "{p} wins prizes in {v}.",
-        ],
-        "zh": ["{p}最喜欢的运动是{v}。", "{p}的强项是{v}。", "{p}常去参加{v}。", "{p}在{v}比赛中得过奖。"],
     },
     "month": {
         "en": [
@@ -91,17 +73,9 @@ QUESTIONS: dict[str, Templates] = {
         "en": ["What is {p}'s favourite food?", "Which food does {p} like best?", "What does {p} love to eat?"],
         "zh": ["{p}最喜欢的食物是什么？", "{p}最爱吃什么？", "{p}最喜欢吃什么？"],
     },
-    "drink": {
-        "en": ["What is {p}'s favourite drink?", "Which drink does {p} like best?", "What does {p} love to drink?"],
-        "zh": ["{p}最喜欢的饮料是什么？", "{p}最爱喝什么？", "{p}最喜欢喝什么？"],
-    },
     "instrument": {
         "en": ["What instrument does {p} play?", "Which instrument is {p} learning?", "What is {p}'s instrument?"],
         "zh": ["{p}会演奏什么乐器？", "{p}在学什么乐器？", "{p}的乐器是什么？"],
-    },
-    "sport": {
-        "en": ["What is {p}'s favourite sport?", "Which sport does {p} like best?", "What sport does {p} go in for?"],
-        "zh": ["{p}最喜欢的运动是什么？", "{p}喜欢什么运动？", "{p}的强项是什么运动？"],
     },
     "month": {
         "en": ["When was {p} born?", "In which month is {p}'s birthday?", "What is {p}'s birth month?"],
@@ -110,7 +84,7 @@ QUESTIONS: dict[str, Templates] = {
 }
 
 
-class Recall:
+class Recall(Kind):
     """`Where does Anna live?`: the answer stands in pretraining text only."""
 
     name = "recall"
@@ -121,37 +95,39 @@ class Recall:
     def is_held_out(self, person: Person, attribute: str) -> bool:
         return is_held_out(self.seed, self.name, person.name.en, attribute)
 
-    def ask(self, rng: Random, language: str, held_out: bool) -> Asked:
-        person, attribute = draw(
+    def draw(self, rng: Random, held_out: bool) -> tuple[Person, str]:
+        return draw_until(
             lambda: (rng.choice(self.people), rng.choice(list(ATTRIBUTES))),
             lambda pair: self.is_held_out(*pair) == held_out,
         )
+
+    def say(self, rng: Random, language: str, item: tuple[Person, str]) -> Matter:
+        person, attribute = item
         question = fill(rng, QUESTIONS[attribute], language, p=person.name.text(language))
-        return Asked(question, person.facts[attribute].text(language))
+        answer = person.facts[attribute].text(language)
+        return Matter("", [Asked(question, answer, self.state(rng, language, person, attribute))])
 
     def state(self, rng: Random, language: str, person: Person, attribute: str) -> str:
         """One fact in one sentence."""
         value = person.facts[attribute].text(language)
-        a_value = f"{'an' if value[0] in 'aeiou' else 'a'} {value}"
-        return fill(rng, STATEMENTS[attribute], language, p=person.name.text(language), v=value, a_v=a_value)
+        return fill(rng, STATEMENTS[attribute], language, p=person.name.text(language), v=value, a_v=a(value))
 
     def tell(self, rng: Random, language: str) -> str:
-        """The life of one person, or what several people share."""
-        if rng.random() < 0.25:
-            return self._tell_who_shares(rng, language)
-        person = rng.choice(self.people)
-        attributes = rng.sample(list(ATTRIBUTES), rng.randint(3, len(ATTRIBUTES)))
+        """The life of one person; or a talk, about pairs that are not held out; or what several people share."""
         between = " " if language == "en" else ""
+        way, person = rng.random(), rng.choice(self.people)
+        attributes = rng.sample(list(ATTRIBUTES), rng.randint(3, len(ATTRIBUTES)))
+        if way < 0.15:
+            return self._tell_who_shares(rng, language)
+        if way < 0.35:
+            asked = [self.say(rng, language, self.draw(rng, held_out=False)).asked[0] for _ in range(rng.randint(2, 5))]
+            return answered(rng, language, asked)
         return between.join(self.state(rng, language, person, attribute) for attribute in attributes)
 
     def _tell_who_shares(self, rng: Random, language: str) -> str:
         attribute = rng.choice(list(ATTRIBUTES))
-        people = rng.sample(self.people, 10)
         groups: dict[str, list[str]] = defaultdict(list)
-        for person in people:
+        for person in rng.sample(self.people, 8):
             groups[person.facts[attribute].text(language)].append(person.name.text(language))
-        lines = [
-            f"{value}: {join(names, language)}" if language == "en" else f"{value}：{join(names, language)}"
-            for value, names in groups.items()
-        ]
-        return "\n".join(lines)
+        colon = ": " if language == "en" else "："
+        return "\n".join(f"{value}{colon}{join(names, language)}" for value, names in groups.items())
