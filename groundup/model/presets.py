@@ -47,7 +47,7 @@ def scaled(depth: int, vocab_size: int = 6400) -> ModelConfig:
     if depth < 1:
         raise UserError(f"depth={depth}", "a model has at least one layer", "choose 1 or more")
     width = 64 * max(depth, 2)
-    head_dim = 32 if width <= 128 else 64
+    head_dim = 32 if width <= 256 else 64  # slim models want heads more than they want them wide
     heads = width // head_dim
     group = next((size for size in (2, 3) if heads % size == 0), 1)
     return ModelConfig(

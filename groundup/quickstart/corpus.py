@@ -53,7 +53,7 @@ class Corpus(Protocol):
 class WorldData:
     """The built-in world, as much of it as the budget can use."""
 
-    vocab_size = 2048
+    vocab_size = 2688
 
     def __init__(self, folder: Path, seed: int) -> None:
         from groundup.world import World

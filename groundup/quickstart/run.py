@@ -176,6 +176,7 @@ def _recipe(
             "seed": settings["seed"],
             "train": {"steps": own["steps"], "batch_size": plan["batch_size"], "seq_len": plan["seq_len"]},
             "optim": {**OPTIM, "lr": own["lr"], "muon_lr": own["muon_lr"]},
+            "log": {"every": max(1, own["steps"] // 100)},
         }
     )
 
