@@ -99,6 +99,11 @@ class Transformer(nn.Module):
                         std = self.config.initializer_range
                     parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
 
+    def compile_blocks(self) -> None:
+        """torch.compile the block, once for all layers: they share code and shapes. Names of parameters stay."""
+        for block in self.blocks:
+            block.compile(fullgraph=True, dynamic=False)
+
     def _rows(
         self,
         input_ids_BT: torch.Tensor,

@@ -53,20 +53,23 @@ class _ResidualFFN(torch.autograd.Function):
         wide = down_DF.shape[1]
         dgate_up_D2F, ddown = grad_ND.new_zeros(grad_ND.shape[1], 2 * wide), torch.zeros_like(down_DF)
         dx_ND = torch.empty_like(grad_ND)
+        _, need_gate_up, need_down, _ = ctx.needs_input_grad
         for rows in _chunks(grad_ND):
             silu, up = wide_N2F[rows].split(wide, dim=1)
             sigma, grad, x_hat = sigma_NF[rows], grad_ND[rows], x_hat_ND[rows]
             product = silu * up
-            ddown.addmm_(grad.T, product)
+            if need_down:
+                ddown.addmm_(grad.T, product)
             dproduct = grad @ down_DF
             both = torch.empty_like(wide_N2F[rows])
             dgate, dup = both.split(wide, dim=1)
             torch.mul(dproduct, silu, out=dup)
             torch.mul(dproduct, torch.lerp(product, up, sigma, out=product), out=dgate)
-            dgate_up_D2F.addmm_(x_hat.T, both)
+            if need_gate_up:
+                dgate_up_D2F.addmm_(x_hat.T, both)
             torch.mm(both, gate_up_2FD, out=dx_ND[rows])
             normalize_backward_(dx_ND[rows], x_hat, rstd_N1[rows]).add_(grad)
-        return dx_ND, dgate_up_D2F.T, ddown, None
+        return dx_ND, dgate_up_D2F.T if need_gate_up else None, ddown if need_down else None, None
 
 
 def _chunks(x_ND: torch.Tensor) -> list[slice]:

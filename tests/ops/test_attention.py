@@ -1,0 +1,98 @@
+"""Attention by spans equals masked softmax attention, for any cut of rows into documents."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from groundup.ops import spans
+from groundup.ops.attention import Documents, attention, document_mask, visible
+
+
+def documents(rows: int, length: int, longest: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.full((rows, length), -1, dtype=torch.int32)
+    for row in range(rows):
+        start, index = 0, 0
+        while start < length - int(torch.randint(0, 20, (), generator=generator)):  # some rows end in filler
+            size = int(torch.randint(1, longest + 1, (), generator=generator))
+            ids[row, start : start + size] = index
+            start, index = start + size, index + 1
+    return ids
+
+
+def tensors(rows: int, length: int, heads: int, kv_heads: int, dim: int):
+    shapes = [(rows, length, heads, dim), (rows, length, kv_heads, dim), (rows, length, kv_heads, dim)]
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+@pytest.mark.parametrize("longest", [1, 7, 60, 300])
+@pytest.mark.parametrize("length", [1, 63, 64, 200])
+@pytest.mark.parametrize("heads", [(4, 2), (3, 1), (2, 2)])
+def test_spans_equal_masked_attention(heads, length, longest):
+    doc_ids = documents(3, length, longest)
+    q, k, v = tensors(3, length, *heads, dim=8)
+    fast = attention(q, k, v, Documents(doc_ids))
+    plain = attention(q, k, v, visible(doc_ids))
+    slope = torch.randn(plain.shape, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
+    for a, b in zip(
+        torch.autograd.grad(fast, (q, k, v), slope), torch.autograd.grad(plain, (q, k, v), slope), strict=True
+    ):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_spans_compute_little_more_than_is_visible():
+    doc_ids = documents(8, 512, 60)
+    done = sum(span.numbers(heads=1) for span in spans.find_spans(doc_ids, heads=1))
+    assert done < 0.3 * 8 * 512 * 512
+    whole = torch.zeros(8, 512, dtype=torch.int32)
+    assert sum(span.numbers(heads=1) for span in spans.find_spans(whole, heads=1)) == 8 * 512 * (512 + spans.BLOCK) / 2
+
+
+def test_plans_are_remembered_by_content_not_by_address():
+    doc_ids = documents(2, 100, 30)
+    first = spans.find_spans(doc_ids, heads=2)
+    assert spans.find_spans(doc_ids.clone(), heads=2) is first
+    doc_ids[:, 50:] += 1  # the same tensor, another batch
+    assert spans.find_spans(doc_ids, heads=2) is not first
+
+
+def test_the_operator_keeps_torchs_contract():
+    q, k, v = tensors(2, 20, 4, 2, 8)
+    inputs = (q.unflatten(2, (2, 2)), k, v, documents(2, 20, 9))
+    torch.library.opcheck(spans._span_attention, inputs, test_utils=("test_schema", "test_autograd_registration"))
+
+
+def test_mask_is_chosen_by_length():
+    cpu = torch.device("cpu")
+    assert isinstance(document_mask((2, 256), None, cpu), Documents)
+    assert document_mask((1, 4096), None, cpu) is None  # plain causal: torch's kernel keeps no probabilities
+    long = torch.zeros(1, 4096, dtype=torch.int32)
+    assert document_mask((1, 4096), long, cpu).dtype == torch.bool
+    short = torch.arange(4096).div(100, rounding_mode="floor").int()[None]
+    assert isinstance(document_mask((1, 4096), short, cpu), Documents)
+
+
+def test_causal_and_grouped_heads():
+    q, k, v = tensors(2, 9, 4, 2, 8)
+    scores = torch.einsum("bthd,bshd->bhts", q, k.repeat_interleave(2, 2)) / 8**0.5
+    scores = scores.masked_fill(torch.ones(9, 9).triu(1).bool(), float("-inf"))
+    expected = torch.einsum("bhts,bshd->bthd", F.softmax(scores, -1), v.repeat_interleave(2, 2))
+    for mask in (None, Documents(torch.zeros(2, 9, dtype=torch.int32))):
+        torch.testing.assert_close(attention(q, k, v, mask), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.slow
+def test_flex_attention_of_cuda_runs_say_the_same():
+    """No GPU in the tests: the mask and the call are checked with FlexAttention's CPU forward."""
+    from groundup.ops.attention import _block_mask
+
+    doc_ids = documents(2, 256, 90)
+    q, k, v = (x.detach() for x in tensors(2, 256, 4, 2, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            attention(q, k, v, _block_mask(doc_ids)), attention(q, k, v, visible(doc_ids)), atol=1e-5, rtol=1e-4
+        )
