@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from groundup.errors import UserError
+from groundup.files import explain, write_json
 from groundup.model.config import ModelConfig
 from groundup.model.transformer import Transformer
 
@@ -45,35 +45,36 @@ def load_model(
 def save_model(model: Transformer, directory: str | Path) -> None:
     """Write config.json, generation_config.json and model.safetensors, each whole or not at all.
 
-    The weights keep the module's dtype. Tied heads are stored once, as transformers does.
+    The weights keep the module's dtype. Tied heads are stored once, as transformers does. UserError: a full disk, a
+    folder that may not be written.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise explain(error, directory) from error
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     config = model.config.to_hf_dict(dtype=str(model.head_weight.dtype).removeprefix("torch."))
     ends = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    replace_file(directory / WEIGHTS, lambda path: save_file(state, path, metadata={"format": "pt"}))
-    replace_file(directory / "config.json", _json_writer(config))
-    replace_file(directory / "generation_config.json", _json_writer({"_from_model_config": True, **ends}))
+    _replace_weights(directory / WEIGHTS, state)
+    write_json(directory / "config.json", config)
+    write_json(directory / "generation_config.json", {"_from_model_config": True, **ends})
 
 
-def replace_file(path: Path, write: Callable[[Path], Any]) -> None:
-    """Run `write` on a temporary file beside `path`, flush it to disk, then rename it over `path`.
-
-    A reader, or a run killed at any instant, finds the old file or the new one. OSError (a full disk, say) passes.
-    """
+def _replace_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
+    """Write beside `path`, flush to disk, rename: a reader, or a run killed at any instant, finds old or new, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        write(temporary)
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
+        save_file(state, temporary, metadata={"format": "pt"})
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
+    except (OSError, SafetensorError) as error:
+        code = re.search(r"os error (\d+)", str(error))  # how safetensors passes on an OSError
+        cause = error if isinstance(error, OSError) else OSError(int(code[1]) if code else 0, str(error))
+        raise explain(cause, path) from error
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _json_writer(value: dict[str, Any]) -> Callable[[Path], Any]:
-    return lambda path: path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _weight_files(directory: Path) -> list[Path]:

@@ -99,6 +99,13 @@ def test_frozen_parameters_stay_without_gradient():
     assert all(p.grad is not None for p in model.blocks[1].parameters())
 
 
+def test_gradients_lie_in_memory_as_their_parameters():
+    """Fused optimizers and gradient buckets want it; inside, gradients of matrices are made transposed."""
+    model = random_model()
+    model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
+    assert all(p.grad.is_contiguous() for p in model.parameters())
+
+
 @pytest.mark.slow
 def test_compiled_blocks_agree():
     model = random_model()

@@ -7,10 +7,11 @@ import os
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
 from groundup.errors import UserError
 from groundup.model.config import ModelConfig
-from groundup.model.io import load_model, replace_file, save_model
+from groundup.model.io import load_model, save_model
 from groundup.model.presets import preset
 from groundup.model.transformer import Transformer
 
@@ -106,18 +107,28 @@ def test_missing_weights_and_bad_index(folder):
             load_model(folder)
 
 
-def test_a_failed_write_keeps_the_old_file(tmp_path):
-    path = tmp_path / "file"
-    path.write_text("old")
+@pytest.mark.parametrize(
+    "error",
+    [OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device (os error 28)")],
+)
+def test_a_failed_write_keeps_the_old_file(folder, monkeypatch, error):
+    before = (folder / "model.safetensors").read_bytes()
+    names = sorted(folder.iterdir())
 
-    def full_disk(temporary):
-        temporary.write_text("ha")
-        raise OSError(28, "No space left on device")
+    def full_disk(state, path, metadata):
+        path.write_text("ha")
+        raise error
 
-    with pytest.raises(OSError, match="No space"):
-        replace_file(path, full_disk)
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
+    monkeypatch.setattr("groundup.model.io.save_file", full_disk)
+    with pytest.raises(UserError, match="disk is full"):
+        save_model(load_model(folder), folder)
+    assert (folder / "model.safetensors").read_bytes() == before
+    assert sorted(folder.iterdir()) == names
+
+
+def test_a_file_where_the_folder_should_be(folder):
+    with pytest.raises(UserError, match="a file stands"):
+        save_model(load_model(folder), folder / "config.json")
 
 
 def test_end_tokens_travel(tmp_path):
