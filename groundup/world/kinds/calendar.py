@@ -63,7 +63,7 @@ class Calendar(Kind):
         circle = [word.text(language) for word in CIRCLES[item.unit]]
         words = {"x": circle[item.start], "n": item.steps, "y": circle[(item.start + item.steps) % len(circle)]}
         question, sentence = (fill(rng, templates[item.unit], language, **words) for templates in (QUESTIONS, FACTS))
-        return Matter("", [Asked(question, str(words["y"]), sentence)])
+        return Matter("", [Asked(question, FACTS[item.unit][language][0].format(**words), sentence)])
 
     def tell(self, rng: Random, language: str) -> str:
         """A piece of a circle in order, or a few steps around it."""

@@ -26,7 +26,7 @@ ANSWERS: dict[str, Templates] = {
 
 
 class Order(Kind):
-    """Who comes after whom; two neighbours who are held out stand next to each other in no training queue."""
+    """Who comes after whom; neighbours who are held out may stand in any queue, but are not asked about."""
 
     name = "order"
 
@@ -43,7 +43,7 @@ class Order(Kind):
             people = rng.sample(self.people, rng.randint(3, 4))
             return people, [i + 1 for i, pair in enumerate(pairwise(people)) if self.is_held_out(*pair) == held_out]
 
-        return draw_until(make, lambda queue: bool(queue[1]) if held_out else len(queue[1]) == len(queue[0]) - 1)
+        return draw_until(make, lambda queue: bool(queue[1]))
 
     def say(self, rng: Random, language: str, item: tuple[list[Person], list[int]]) -> Matter:
         people, places = item

@@ -58,7 +58,7 @@ class Scene(NamedTuple):
 
 
 class Reading(Kind):
-    """Who, where, what and which colour; (person, thing) and (person, room) pairs are held out of every story."""
+    """Who, where, what and which colour; a story may hold any pair (person, thing), held-out ones are not asked."""
 
     name = "reading"
 
@@ -68,21 +68,22 @@ class Reading(Kind):
     def is_held_out(self, person: Person, other: Word) -> bool:
         return is_held_out(self.seed, self.name, person.name.en, other.en)
 
-    def draw(self, rng: Random, held_out: bool) -> tuple[str, list[Scene]]:
-        """`owns` or `is in`, and two to four scenes that share nothing, each on the given side of the split."""
+    def draw(self, rng: Random, held_out: bool) -> tuple[str, list[Scene], list[Scene]]:
+        """`owns` or `is in`; two or three scenes that share nothing; and those on the given side."""
         about, count = rng.choice(["owns", "is in"]), rng.randint(2, 3)
         scenes: list[Scene] = []
         while len(scenes) < count:
             scene = Scene(rng.choice(self.people), *map(rng.choice, (THINGS, COLOURS, ROOMS)))
             fresh = not any(part is other for one in scenes for part, other in zip(one, scene, strict=True))
-            if fresh and self.is_held_out(scene.person, scene.thing if about == "owns" else scene.room) == held_out:
+            if fresh:
                 scenes.append(scene)
-        return about, scenes
+        on_side = [s for s in scenes if self.is_held_out(s.person, s.thing if about == "owns" else s.room) == held_out]
+        return (about, scenes, on_side) if on_side else self.draw(rng, held_out)
 
-    def say(self, rng: Random, language: str, item: tuple[str, list[Scene]]) -> Matter:
-        about, scenes = item
+    def say(self, rng: Random, language: str, item: tuple[str, list[Scene], list[Scene]]) -> Matter:
+        about, scenes, on_side = item
         told = [fill(rng, OWNS if about == "owns" else IS_IN, language, **scene.words(language)) for scene in scenes]
-        asked = [self._ask_of(rng, language, about, scene) for scene in scenes]
+        asked = [self._ask_of(rng, language, about, scene) for scene in on_side]
         return Matter((" " if language == "en" else "").join(told), asked)
 
     def _ask_of(self, rng: Random, language: str, about: str, scene: Scene) -> Asked:

@@ -104,8 +104,12 @@ class Recall(Kind):
     def say(self, rng: Random, language: str, item: tuple[Person, str]) -> Matter:
         person, attribute = item
         question = fill(rng, QUESTIONS[attribute], language, p=person.name.text(language))
-        answer = person.facts[attribute].text(language)
-        return Matter("", [Asked(question, answer, self.state(rng, language, person, attribute))])
+        return Matter("", [Asked(question, self.reply(language, *item), self.state(rng, language, person, attribute))])
+
+    def reply(self, language: str, person: Person, attribute: str) -> str:
+        """The one right answer: the fact in the first of its wordings."""
+        value = person.facts[attribute].text(language)
+        return STATEMENTS[attribute][language][0].format(p=person.name.text(language), v=value, a_v=a(value))
 
     def state(self, rng: Random, language: str, person: Person, attribute: str) -> str:
         """One fact in one sentence."""
