@@ -221,7 +221,7 @@ def measure_step(
     """Tokens per second of real training steps on random tokens: the fastest of those made in `seconds`, at least 4.
 
     The fastest, because whatever else the machine does in this moment will not go on for the whole run. Eager, the
-    quickstart's optimizer, all positions trained, documents of 40 tokens. The random state of the caller is left as it was.
+    quickstart's optimizer, all positions trained, documents of 40 tokens. The caller's random state stays as it was.
     """
     import torch
 
