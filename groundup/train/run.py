@@ -98,9 +98,7 @@ def _train(
     _describe(shown, recipe, stage, config, world)
     if recipe.train.activation_checkpointing:
         recompute_blocks(model.blocks)
-    positions = steps * _global_batch(recipe, world) * recipe.train.seq_len
-    expected = flops(positions, positions * stage.trained_share) / (0.5 * peak * world.size)
-    policy = compile_policy(recipe.train.compile, device, expected)
+    policy = compile_policy(recipe.train.compile, device)
     compile_blocks(model.blocks, policy)
     shown.say(f"blocks {'compiled' if policy.on else 'not compiled'} ({policy.reason})")
     loop = Loop(stage, model, recipe, steps, folder, stage.place, flops, peak, shown)

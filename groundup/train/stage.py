@@ -61,11 +61,6 @@ class TokenStage:
         self.loader = Loader(train, recipe.train.batch_size, recipe.seed, place.world.rank, place.world.size)
         self.fingerprint = {"rows": len(train), "trained_tokens": train.trained_tokens, "bytes": train.bytes}
 
-    @property
-    def trained_share(self) -> float:
-        """Trained tokens over positions."""
-        return self.train.trained_tokens / (len(self.train) * self.train.seq_len)
-
     @classmethod
     def open(cls, recipe: Recipe, tokenizer: Tokenizer, cache: Path) -> tuple[PackedDataset, PackedDataset | None]:
         """(training, validation) data of a recipe, tokenised once. Every rank calls it; one of them does the work."""
