@@ -62,8 +62,9 @@ def estimate(config: ModelConfig, recipe: Recipe, device: torch.device | str = "
         "optimizer": 4 * numbers["muon"] + 8 * (numbers["decay"] + numbers["plain"]),
         "ema": weights if train.ema else 0,
         "activations": trunk + depth * (inputs if recomputed else layer),
-        # logits, their softmax and one copy; the gradients of hidden states and head, the head's once more as it grows
-        "logits": (16 if half else 12) * chunk * config.vocab_size + inputs + 2 * head,
+        # logits, turned in place into their gradient on a CPU, else with softmax and a copy; the gradients of hidden
+        # states and head, the head's once more as it grows
+        "logits": (16 if half else 4 if device.type == "cpu" else 12) * chunk * config.vocab_size + inputs + 2 * head,
     }
     kept = weights if train.accumulate > 1 else 0  # gradients of the passes before
     # Going back through a layer, the gradients of gate, up and their product are the widest to stand beside it.

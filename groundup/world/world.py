@@ -30,7 +30,7 @@ from groundup.world.words import LANGUAGES
 
 T = TypeVar("T")
 
-# kind -> weight in pretraining text, train questions a language, held-out questions a language
+# kind -> weight in text and chats, train questions a language, held-out questions a language
 PLAN: dict[str, tuple[float, int, int]] = {
     "recall": (6.0, 1200, 60),
     "kinship": (2.0, 600, 20),
@@ -115,20 +115,20 @@ class World:
         ]
 
     def chats(self, count: int | None = None, seed: int = 0) -> Iterator[Chat]:
-        """SFT conversations made of the train questions, each asked once before any is asked again."""
+        """SFT conversations made of the train questions, by kind as in the text; none twice before all of its kind."""
         rng = random_for(self.seed, "chats", seed)
 
-        def ask() -> Iterator[Question]:
-            questions = [q for language in LANGUAGES for q in self.questions("train", language)]
+        def pool(kind: str) -> Iterator[Question]:
+            questions = [q for language in LANGUAGES for q in self.questions("train", language) if q.kind == kind]
             while True:
                 yield from rng.sample(questions, len(questions))
 
-        asked = ask()
+        pools, weights = {kind: pool(kind) for kind in PLAN}, [weight for weight, _, _ in PLAN.values()]
         thoughts = {language: self._thoughts(language, "train", seed) for language in LANGUAGES}
         episodes = {language: self._episodes(language, "train", seed) for language in LANGUAGES}
         stream = dialogues.chats(
             rng,
-            lambda: next(asked),
+            lambda: next(pools[rng.choices(list(PLAN), weights)[0]]),
             lambda language: next(thoughts[language]),
             lambda language: next(episodes[language]),
             lambda language: self._tell(rng, language),

@@ -86,6 +86,17 @@ class Reading(Kind):
         asked = [self._ask_of(rng, language, about, scene) for scene in on_side]
         return Matter((" " if language == "en" else "").join(told), asked)
 
+    def tell(self, rng: Random, language: str) -> str:
+        """A story; or a list of who has what, and the same list in another order: looking up in its plainest form."""
+        if rng.random() < 0.7:
+            return super().tell(rng, language)
+        count, values = rng.randint(3, 6), rng.choice([COLOURS, ROOMS, THINGS])
+        keys = rng.sample([person.name for person in self.people], count)
+        pairs = list(zip(keys, rng.sample(values, count), strict=True))
+        colon = ": " if language == "en" else "："
+        lines = [f"{key.text(language)}{colon}{value.text(language)}" for key, value in pairs]
+        return "\n".join([*lines, *rng.sample(lines, count)])
+
     def _ask_of(self, rng: Random, language: str, about: str, scene: Scene) -> Asked:
         what = rng.choice(["colour", "owner", "thing"] if about == "owns" else ["room", "visitor"])
         answer = {"colour": scene.colour, "thing": scene.thing, "room": scene.room}.get(what, scene.person.name)
