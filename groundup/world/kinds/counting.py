@@ -1,10 +1,11 @@
-"""Counting the things of one sort in a mixed list; two sorts that are held out lie in no training basket together."""
+"""Counting the things of one sort in a list of two."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from random import Random
 
-from groundup.world.kinds.kind import Asked, Kind, Matter, Templates, fill
+from groundup.world.kinds.kind import Asked, Kind, Matter, Templates, draw_until, fill
 from groundup.world.split import held_out as is_held_out
 from groundup.world.words import FRUITS, Word
 
@@ -17,34 +18,31 @@ QUESTIONS: Templates = {
     "zh": ["有几个{t}？", "数一数{t}有几个。"],
 }
 ANSWERS: Templates = {"en": ["The number of {ts}: {n}."], "zh": ["{t}的个数：{n}。"]}
-MOST = 4  # of one sort
+MOST = 3  # of one sort
 
 
 class Counting(Kind):
-    """`apple, pear, apple. How many apples?`"""
+    """`apple, pear, apple. How many apples?` Held out are pairs of sorts that lie in a basket together."""
 
     name = "counting"
 
     def __init__(self, seed: int) -> None:
         self.seed = seed
 
-    def is_held_out(self, sort: Word, items: list[Word]) -> bool:
-        """How many of this sort, beside how many others."""
-        return is_held_out(self.seed, self.name, sort.en, items.count(sort), len(items))
+    def is_held_out(self, sorts: Iterable[Word]) -> bool:
+        return is_held_out(self.seed, self.name, *sorted(sort.en for sort in sorts))
 
-    def draw(self, rng: Random, held_out: bool) -> tuple[list[Word], list[Word]]:
-        """Two sorts, each one to four times, in any order; and the sorts to ask about."""
-        sorts = rng.sample(FRUITS, 2)
+    def draw(self, rng: Random, held_out: bool) -> list[Word]:
+        """Two sorts, each one to MOST times, in any order."""
+        sorts = draw_until(lambda: rng.sample(FRUITS, 2), lambda pair: self.is_held_out(pair) == held_out)
         items = [sort for sort in sorts for _ in range(rng.randint(1, MOST))]
-        on_side = [sort for sort in sorts if self.is_held_out(sort, items) == held_out]
-        return (rng.sample(items, len(items)), on_side) if on_side else self.draw(rng, held_out)
+        return rng.sample(items, len(items))
 
-    def say(self, rng: Random, language: str, item: tuple[list[Word], list[Word]]) -> Matter:
-        items, on_side = item
-        listed = (", " if language == "en" else "、").join(thing.text(language) for thing in items)
+    def say(self, rng: Random, language: str, item: list[Word]) -> Matter:
+        listed = (", " if language == "en" else "、").join(thing.text(language) for thing in item)
         asked = []
-        for sort in on_side:
-            words = {"t": sort.zh, "ts": sort.plural, "n": items.count(sort)}
+        for sort in dict.fromkeys(item):
+            words = {"t": sort.zh, "ts": sort.plural, "n": item.count(sort)}
             question, sentence = (fill(rng, templates, language, **words) for templates in (QUESTIONS, ANSWERS))
             asked.append(Asked(question, str(words["n"]), sentence))
         return Matter(fill(rng, BASKETS, language, items=listed), asked)
