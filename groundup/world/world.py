@@ -32,16 +32,16 @@ T = TypeVar("T")
 
 # kind -> weight in text and chats, train questions a language, held-out questions a language
 PLAN: dict[str, tuple[float, int, int]] = {
-    "recall": (6.0, 1200, 60),
+    "recall": (4.5, 1200, 60),
     "kinship": (2.0, 600, 20),
     "grandparents": (1.0, 300, 15),
-    "arithmetic": (3.0, 2000, 50),
+    "arithmetic": (3.5, 2000, 50),
     "story_sums": (2.0, 1200, 30),
-    "counting": (2.5, 1200, 30),
-    "reading": (5.0, 2400, 60),
+    "counting": (3.0, 1200, 30),
+    "reading": (6.0, 2400, 60),
     "order": (2.5, 1200, 30),
-    "translation": (2.0, 1500, 40),
-    "calendar": (2.0, 600, 25),
+    "translation": (1.5, 1500, 40),
+    "calendar": (3.0, 600, 25),
 }
 
 

@@ -110,6 +110,6 @@ def test_copying_the_nearest_answer_fails(world: World, language: str) -> None:
     assert result[f"world_exact_{language}"] < 0.2
     kinds = result["kinds"][language]
     assert kinds.pop("counting") < 0.75  # a basket with other sorts and the same numbers has the same answer
-    assert max(kinds.values()) < 0.45
+    assert max(kinds.values()) < 0.5
     train = world.questions("train", language)[::50]
     assert evaluate_world(train, baseline)[f"world_exact_{language}"] == 1.0  # it does find what it has seen

@@ -84,10 +84,12 @@ class Reading(Kind):
         return Matter((" " if language == "en" else "").join(one.sentence for one in asked), asked)
 
     def _tell_in(self, rng: Random, language: str, item: list[Scene]) -> str:
-        """Half of the stories are told three times over, in any order: looking up in its plainest form."""
+        """Half of the stories are told four times, in the same order or in any: looking up grows out of copying."""
         if rng.random() < 0.5:
             return super()._tell_in(rng, language, item)
         between = " " if language == "en" else ""
         asked = self.say(rng, language, item).asked
-        told = [between.join(one.sentence for one in rng.sample(asked, len(asked))) for _ in range(3)]
+        mixed = rng.random() < 0.5
+        orders = [rng.sample(asked, len(asked)) if mixed else asked for _ in range(4)]
+        told = [between.join(one.sentence for one in order) for order in orders]
         return "\n".join([*told, answered(rng, language, asked)])
