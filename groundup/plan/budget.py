@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from groundup.model.config import ModelConfig
 
 # The quickstart's settings. Seconds of training are split between the stages; evaluation and saving come on top.
-PRETRAIN_SHARE = 0.6
-SFT_SHARE = 0.4
+PRETRAIN_SHARE = 0.5
+SFT_SHARE = 0.5
 TOKENS_PER_PARAMETER = 2.0  # of pretraining, the least: a deeper model is chosen while it still sees so many
 DEPTHS = range(2, 25)
 SEQ_LEN = 512

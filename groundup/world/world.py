@@ -38,7 +38,7 @@ PLAN: dict[str, tuple[float, int, int]] = {
     "arithmetic": (3.5, 2000, 50),
     "story_sums": (2.0, 1200, 30),
     "counting": (3.0, 1200, 30),
-    "reading": (6.0, 2400, 60),
+    "reading": (5.0, 2400, 30),
     "order": (2.5, 1200, 30),
     "translation": (1.5, 1500, 40),
     "calendar": (3.0, 600, 25),

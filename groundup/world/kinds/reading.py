@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 from typing import NamedTuple
 
-from groundup.world.kinds.kind import Asked, Kind, Matter, Templates, answered, draw_until, fill
+from groundup.world.kinds.kind import Asked, Kind, Matter, Templates, draw_until, fill
 from groundup.world.people import Person
 from groundup.world.split import held_out as is_held_out
 from groundup.world.words import COLOURS, ROOMS, THINGS, Word, a
@@ -82,14 +82,3 @@ class Reading(Kind):
             sentence = wording.format(**words)
             asked.append(Asked(fill(rng, QUESTIONS[rng.choice(kinds)], language, **words), sentence, sentence))
         return Matter((" " if language == "en" else "").join(one.sentence for one in asked), asked)
-
-    def _tell_in(self, rng: Random, language: str, item: list[Scene]) -> str:
-        """Half of the stories are told four times, in the same order or in any: looking up grows out of copying."""
-        if rng.random() < 0.5:
-            return super()._tell_in(rng, language, item)
-        between = " " if language == "en" else ""
-        asked = self.say(rng, language, item).asked
-        mixed = rng.random() < 0.5
-        orders = [rng.sample(asked, len(asked)) if mixed else asked for _ in range(4)]
-        told = [between.join(one.sentence for one in order) for order in orders]
-        return "\n".join([*told, answered(rng, language, asked)])
