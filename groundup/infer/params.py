@@ -3,12 +3,30 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from groundup.errors import UserError
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What an answer must look like. kind: one of GRAMMAR_KINDS; text: the schema, pattern or rules (json_object: "").
+
+    Whether the text is a right one is seen when the engine compiles it (grammar.py).
+    """
+
+    kind: str
+    text: str = ""
+
+    def __post_init__(self) -> None:
+        if self.kind not in GRAMMAR_KINDS:
+            raise UserError("response_format", f"{self.kind!r} is unknown", f"one of {', '.join(GRAMMAR_KINDS)}")
+
+
+GRAMMAR_KINDS = ("json_object", "json_schema", "regex", "lark")
 
 
 @dataclass(frozen=True)
@@ -19,9 +37,14 @@ class SamplingParams:
     temperature: 0 is greedy. top_k: 0 is off. top_p: 1 is off.
     min_p: least probability kept, as a share of the largest; 0 is off.
     repetition_penalty: 1 is off; over prompt and answer (Keskar et al. 2019, CTRL, section 4.1).
-    seed: None draws a fresh one; equal seeds on equal prompts give equal text.
-    stop: strings that end the answer and are left out of it. ignore_eos: go on past the stop tokens (for measuring).
-    Raises UserError on a value out of its range.
+    presence_penalty, frequency_penalty: 0 is off; over the answer only, as OpenAI defines them.
+    logit_bias: added to the logits of these token ids, -100 (never) to 100 (nothing else).
+    seed: None draws a fresh one; equal seeds on equal prompts give equal text. The i-th of n answers uses seed + i.
+    stop: strings that end the answer and are left out of it. stop_token_ids: ids that end it, beside the tokenizer's own.
+    ignore_eos: go on past the tokenizer's stop tokens (for measuring).
+    n: answers to this prompt. logprobs: None is off, 0 tells the chosen token's, k also those of the k likeliest;
+    prompt_logprobs: the same for the prompt. grammar: what the answer must look like.
+    Raises UserError, which names the field, on a value of a wrong type or out of its range.
     """
 
     max_tokens: int = 256
@@ -30,35 +53,57 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
     seed: int | None = None
-    stop: Sequence[str] = field(default_factory=tuple)
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
+    n: int = 1
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        faults = [
-            ("max_tokens", self.max_tokens >= 1, "1 or more"),
-            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
-            ("top_k", self.top_k >= 0, "0 (off) or more"),
-            ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
-            ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
-            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0"),
-            ("stop", all(self.stop), "made of non-empty strings"),
-        ]
-        for name, fine, want in faults:
-            if not fine:
-                raise UserError(name, f"{getattr(self, name)!r} is out of range", f"it must be {want}")
+        for name, (fine, want) in _RULES.items():
+            if not fine(getattr(self, name)):
+                raise UserError(name, f"{_short(getattr(self, name))} is out of range", f"it must be {want}")
+        # What the caller does to its own lists later must not reach a running request.
+        object.__setattr__(self, "stop", tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How likely one token was: natural logarithms of the model's own distribution, log softmax of its raw logits.
+
+    So neither temperature, cuts, penalties nor a grammar change it. top: (id, logprob) of the likeliest, likeliest first.
+    """
+
+    id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One answer. ids hold the stop token where one ended it; text does not. finish_reason: "stop" or "length"."""
+    """One answer. ids hold the stop token where one ended it; text does not.
+
+    finish_reason: "stop", "length", "abort" or "error". stop_reason: the stop id or string that ended it, if one did.
+    logprobs: one for each of ids, when asked for. index: which of the request's n answers.
+    """
 
     prompt_ids: list[int]
     ids: list[int]
     text: str
     finish_reason: str
+    logprobs: list[TokenLogprob] | None = None
+    index: int = 0
+    stop_reason: int | str | None = None
 
 
 def params_from_dir(path: str | Path, **given: Any) -> SamplingParams:
@@ -79,3 +124,51 @@ def params_from_dir(path: str | Path, **given: Any) -> SamplingParams:
         if stored.get("repetition_penalty"):
             values["repetition_penalty"] = stored["repetition_penalty"]
     return SamplingParams(**(values | {name: value for name, value in given.items() if value is not None}))
+
+
+def _whole(low: int, high: float = float("inf")) -> Callable[[Any], bool]:
+    return lambda value: type(value) is int and low <= value <= high
+
+
+def _number(low: float, high: float) -> Callable[[Any], bool]:
+    return lambda value: type(value) in (int, float) and low <= value <= high  # also refuses nan
+
+
+def _none_or(fine: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or fine(value)
+
+
+def _all(fine: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda values: isinstance(values, Sequence) and not isinstance(values, str) and all(map(fine, values))
+
+
+def _biases(value: Any) -> bool:
+    ids, bias = _whole(0), _number(-100, 100)
+    return isinstance(value, Mapping) and all(ids(token) and bias(b) for token, b in value.items())
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+# The upper ends of temperature and repetition_penalty keep fp32 finite, far beyond any use.
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "max_tokens": (_whole(1), "a whole number, 1 or more"),
+    "temperature": (_number(0, 1e6), "0 (greedy) or more, at most 1e6"),
+    "top_k": (_whole(0), "a whole number, 0 (off) or more"),
+    "top_p": (lambda value: _number(0, 1)(value) and value > 0, "in (0, 1]"),
+    "min_p": (_number(0, 1), "in [0, 1]"),
+    "repetition_penalty": (_number(0.01, 100), "in [0.01, 100], 1 is off"),
+    "presence_penalty": (_number(-2, 2), "in [-2, 2]"),
+    "frequency_penalty": (_number(-2, 2), "in [-2, 2]"),
+    "logit_bias": (_biases, "token ids with a number in [-100, 100] each"),
+    "seed": (_none_or(_whole(-(2**63), 2**63 - 1)), "a whole number of 64 bits"),
+    "stop": (_all(lambda text: isinstance(text, str) and bool(text)), "made of non-empty strings"),
+    "stop_token_ids": (_all(_whole(0)), "made of token ids"),
+    "ignore_eos": (lambda value: isinstance(value, bool), "true or false"),
+    "n": (_whole(1), "a whole number, 1 or more"),
+    "logprobs": (_none_or(_whole(0)), "a whole number, 0 or more"),
+    "prompt_logprobs": (_none_or(_whole(0)), "a whole number, 0 or more"),
+    "grammar": (_none_or(lambda value: isinstance(value, Grammar)), "a Grammar"),
+}
