@@ -40,7 +40,7 @@ class SamplingParams:
     presence_penalty, frequency_penalty: 0 is off; over the answer only, as OpenAI defines them.
     logit_bias: added to the logits of these token ids, -100 (never) to 100 (nothing else).
     seed: None draws a fresh one; equal seeds on equal prompts give equal text. The i-th of n answers uses seed + i.
-    stop: strings that end the answer and are left out of it. stop_token_ids: ids that end it, beside the tokenizer's own.
+    stop: strings that end the answer and are left out of it. stop_token_ids: ids that end it, beside the tokenizer's.
     ignore_eos: go on past the tokenizer's stop tokens (for measuring).
     n: answers to this prompt. logprobs: None is off, 0 tells the chosen token's, k also those of the k likeliest;
     prompt_logprobs: the same for the prompt. grammar: what the answer must look like.
@@ -81,7 +81,7 @@ class SamplingParams:
 class TokenLogprob:
     """How likely one token was: natural logarithms of the model's own distribution, log softmax of its raw logits.
 
-    So neither temperature, cuts, penalties nor a grammar change it. top: (id, logprob) of the likeliest, likeliest first.
+    So temperature, cuts, penalties and grammar do not change it. top: (id, logprob) of the likeliest, likeliest first.
     """
 
     id: int
