@@ -13,17 +13,21 @@ from groundup.errors import UserError
 
 @dataclass(frozen=True)
 class Grammar:
-    """What an answer must look like. kind: one of GRAMMAR_KINDS; text: the schema, pattern or rules (json_object: "").
+    """What an answer must look like.
 
-    Whether the text is a right one is seen when the engine compiles it (grammar.py).
+    kind: one of GRAMMAR_KINDS. text: JSON schema, pattern or rules; "" for json_object. thinking: the answer
+    goes on with a thought that the prompt has opened, free until its end. where: the request's field, for messages.
+    Whether the text is right is seen when the engine compiles it (grammar.py).
     """
 
     kind: str
     text: str = ""
+    thinking: bool = False
+    where: str = "response_format"
 
     def __post_init__(self) -> None:
         if self.kind not in GRAMMAR_KINDS:
-            raise UserError("response_format", f"{self.kind!r} is unknown", f"one of {', '.join(GRAMMAR_KINDS)}")
+            raise UserError(self.where, f"{self.kind!r} is unknown", f"one of {', '.join(GRAMMAR_KINDS)}")
 
 
 GRAMMAR_KINDS = ("json_object", "json_schema", "regex", "lark")
@@ -75,6 +79,11 @@ class SamplingParams:
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
         object.__setattr__(self, "logit_bias", dict(self.logit_bias))
+
+    @property
+    def greedy(self) -> bool:
+        """Always the likeliest token. So near to 0, dividing by the temperature leaves nothing else in fp32."""
+        return self.temperature < 1e-5
 
 
 @dataclass(frozen=True)

@@ -1,98 +1,218 @@
-"""Which token comes next? Pure functions of logits; every row of a batch has settings of its own.
+"""Which token comes next? Each row of logits on its own, so that no request ever changes another's answer.
 
-The order is that of transformers: repetition penalty, temperature, top_k, top_p, min_p, then one draw.
+From logits to a token, in transformers' order:
+
+    logits -> repetition, frequency and presence penalty -> logit_bias -> grammar
+           -> temperature -> top_k -> top_p -> min_p -> softmax -> one draw
+
+A row goes through as a vector of V values, never as part of a batch, which makes its result the same bits beside any
+neighbours. Rows that take the plain argmax, most of them in practice, share one argmax over the batch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from random import Random
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
-from groundup.infer.params import SamplingParams
+from groundup.errors import UserError
+from groundup.infer.params import SamplingParams, TokenLogprob
+
+if TYPE_CHECKING:
+    from groundup.infer.grammar import GrammarCompiler, Matcher
+
+NO_TOKEN = -1  # what a row gets whose logits are no numbers
 
 
-@dataclass(frozen=True)
-class Settings:
-    """The settings of B rows as tensors (B, 1), fp32 but top_k (int64); greedy_B bool."""
+class SamplingState:
+    """Everything about choosing the tokens of one sequence: its settings, its random numbers, what it said so far.
 
-    greedy_B: Tensor
-    temperature_B1: Tensor
-    top_k_B1: Tensor
-    top_p_B1: Tensor
-    min_p_B1: Tensor
-    penalty_B1: Tensor
+    params: the request's. prompt_ids: they count for the repetition penalty. vocab_size: width V of the logits, which
+    may be wider than the tokenizer. compiler: needed when params hold a grammar. index: which of the request's n
+    answers this is.
+    Raises UserError for a bias on a token that does not exist, and for a grammar that does not compile.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        vocab_size: int,
+        compiler: GrammarCompiler | None = None,
+        index: int = 0,
+    ) -> None:
+        beyond = max(params.logit_bias, default=0)
+        if beyond >= vocab_size:
+            raise UserError("logit_bias", f"token {beyond} is outside the vocabulary of {vocab_size}", "leave it out")
+        self.params, self.vocab_size = params, vocab_size
+        self._random = Random() if params.seed is None else Random((params.seed + index) % 2**64)
+        self._matcher: Matcher | None = None
+        if params.grammar is not None:
+            if compiler is None:
+                raise ValueError("a grammar needs the engine's GrammarCompiler")
+            self._matcher = compiler.start(params.grammar)
+        # numpy notes a token in 0.1 us, in whatever mode torch is in.
+        self._seen_V: NDArray[np.bool_] | None = None
+        self._counts_V: NDArray[np.float32] | None = None
+        if params.repetition_penalty != 1:
+            self._seen_V = np.zeros(vocab_size, dtype=np.bool_)
+            self._seen_V[np.asarray(prompt_ids, dtype=np.int64)] = True
+        if params.frequency_penalty or params.presence_penalty:
+            self._counts_V = np.zeros(vocab_size, dtype=np.float32)
+        self._bias_ids = torch.tensor(list(params.logit_bias), dtype=torch.int64)
+        self._bias = torch.tensor(list(params.logit_bias.values()), dtype=torch.float32)
 
     @property
-    def all_greedy(self) -> bool:
-        return bool(self.greedy_B.all())
+    def plain(self) -> bool:
+        """Whether logits are used as the model gives them, and only their largest counts."""
+        changed = self._seen_V is not None or self._counts_V is not None or len(self._bias) > 0
+        return self.params.greedy and not changed and self._matcher is None
 
     @property
-    def penalised(self) -> bool:
-        return bool((self.penalty_B1 != 1).any())
+    def grammar_done(self) -> bool:
+        """The grammar allows nothing more: the answer ends here, with finish_reason "stop"."""
+        return self._matcher is not None and self._matcher.done
 
-    def rows(self, index: Tensor) -> Settings:
-        """The settings of some of the rows."""
-        return Settings(**{name: value[index] for name, value in vars(self).items()})
+    def accept(self, token: int) -> None:
+        """Note the token that was chosen. UserError when the grammar has become too complex: end this request."""
+        if self._seen_V is not None:
+            self._seen_V[token] = True
+        if self._counts_V is not None:
+            self._counts_V[token] += 1
+        if self._matcher is not None:
+            self._matcher.accept(token)
+
+    def draw(self) -> float:
+        """The sequence's next random number, uniform in [0, 1)."""
+        return self._random.random()
+
+    def scores(self, logits_V: Tensor) -> Tensor:
+        """Logits of the model (V,) after penalties, bias and grammar: fp32, -inf where a token is not allowed."""
+        params, device = self.params, logits_V.device
+        logits_V = logits_V.float()
+        if self._seen_V is not None:
+            seen_V = torch.from_numpy(self._seen_V).to(device)
+            logits_V = repetition_penalty(logits_V, seen_V, params.repetition_penalty)
+        if self._counts_V is not None:
+            counts_V = torch.from_numpy(self._counts_V).to(device)
+            logits_V = count_penalties(logits_V, counts_V, params.frequency_penalty, params.presence_penalty)
+        if len(self._bias):
+            logits_V = logits_V.index_add(0, self._bias_ids.to(device), self._bias.to(device))
+        if self._matcher is not None:
+            allowed = self._matcher.allowed()  # one for each token of the tokenizer; logits may be padded beyond
+            allowed_V = F.pad(allowed, (0, self.vocab_size - len(allowed))).to(device)
+            logits_V = logits_V.masked_fill(~allowed_V, -torch.inf)
+        return logits_V
 
 
-def settings(params: Sequence[SamplingParams], vocab_size: int, device: torch.device | str = "cpu") -> Settings:
-    """Gather B requests' settings; top_k 0 becomes the whole vocabulary."""
+def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> tuple[list[int], list[TokenLogprob | None]]:
+    """Choose the next token of each row.
 
-    def column(values: list[float], dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)[:, None]
-
-    return Settings(
-        greedy_B=torch.tensor([p.temperature == 0 for p in params], device=device),
-        temperature_B1=column([p.temperature or 1.0 for p in params]),
-        top_k_B1=column([min(p.top_k, vocab_size) or vocab_size for p in params], torch.int64),
-        top_p_B1=column([p.top_p for p in params]),
-        min_p_B1=column([p.min_p for p in params]),
-        penalty_B1=column([p.repetition_penalty for p in params]),
-    )
-
-
-def repetition_penalty(logits_BV: Tensor, seen_BV: Tensor, penalty_B1: Tensor) -> Tensor:
-    """Divide the positive logits of seen tokens by the penalty and multiply the negative ones (CTRL, section 4.1)."""
-    pushed_BV = torch.where(logits_BV > 0, logits_BV / penalty_B1, logits_BV * penalty_B1)
-    return torch.where(seen_BV, pushed_BV, logits_BV)
-
-
-def filtered_probs(logits_BV: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
-    """Probabilities after temperature and cuts, largest first, not renormalised, and the token ids of that order.
-
-    top_k keeps ties with the k-th; top_p keeps the token that crosses p (arXiv 1904.09751); min_p keeps what has
-    min_p times the largest probability or more (arXiv 2407.01082).
+    logits_BV: the model's, any float type, on any device. states: one a row; the chosen tokens are not yet accepted.
+    Returns ids (B), NO_TOKEN where logits are nan or infinite, which only that row's request suffers from; and
+    logprobs (B), None for a row that did not ask for them.
     """
-    logits_BV, order_BV = (logits_BV.float() / s.temperature_B1).sort(dim=-1, descending=True)
-    kth_B1 = logits_BV.gather(-1, s.top_k_B1 - 1)
-    probs_BV = logits_BV.masked_fill(logits_BV < kth_B1, -torch.inf).softmax(-1)
-    before_BV = probs_BV.cumsum(-1) - probs_BV
-    # The most likely token always stays; rounding must not let top_p = 1 cut the tail.
-    outside_BV = (before_BV >= s.top_p_B1) & (s.top_p_B1 < 1)
-    outside_BV[:, 0] = False
-    probs_BV = probs_BV.masked_fill(outside_BV, 0)
-    return probs_BV.masked_fill(probs_BV < s.min_p_B1 * probs_BV[:, :1], 0), order_BV
+    best_B = logits_BV.argmax(-1)  # finds a nan, too
+    finite = logits_BV.gather(-1, best_B[:, None]).squeeze(-1).isfinite().tolist()
+    for row, state in enumerate(states):
+        if finite[row] and not state.plain:
+            best_B[row] = _choose(logits_BV[row], state)
+    ids = [token if fine else NO_TOKEN for token, fine in zip(best_B.tolist(), finite, strict=True)]
+    logprobs: list[TokenLogprob | None] = [None] * len(ids)
+    for row, (token, state) in enumerate(zip(ids, states, strict=True)):
+        if state.params.logprobs is not None and token != NO_TOKEN:
+            logprobs[row] = token_logprob(logits_BV[row], token, state.params.logprobs)
+    return ids, logprobs
 
 
-def sample(logits_BV: Tensor, s: Settings, uniform_B: Tensor | None = None, seen_BV: Tensor | None = None) -> Tensor:
-    """Choose one token a row, ids (B,).
+def probabilities(logits_BV: Tensor, states: Sequence[SamplingState]) -> Tensor:
+    """The distributions (B, V), fp32, that `sample` draws from; for a greedy row all on one token."""
+    probs_BV = torch.zeros(logits_BV.shape, dtype=torch.float32, device=logits_BV.device)
+    for probs_V, logits_V, state in zip(probs_BV, logits_BV, states, strict=True):
+        scores_V = state.scores(logits_V)
+        if state.params.greedy:
+            probs_V[scores_V.argmax()] = 1
+        else:
+            ids_K, probs_K = kept(scores_V, state.params)
+            probs_V[ids_K] = probs_K
+    return probs_BV
 
-    uniform_B: one draw from [0, 1) a row, each from its own request's generator; not needed when all rows are greedy.
-    seen_BV: bool, tokens of prompt and answer so far; None: no row has a repetition penalty.
+
+def token_logprob(logits_V: Tensor, token: int, top: int = 0) -> TokenLogprob:
+    """How likely the model held `token` and the `top` likeliest: log softmax of its raw logits (V,), in fp32."""
+    logprobs_V = logits_V.float().log_softmax(-1)
+    likeliest = logprobs_V.topk(min(top, len(logprobs_V)))
+    pairs = zip(likeliest.indices.tolist(), likeliest.values.tolist(), strict=True)
+    return TokenLogprob(token, logprobs_V[token].item(), tuple(pairs))
+
+
+def repetition_penalty(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:
+    """Divide the positive logits of seen tokens by the penalty and multiply the negative ones.
+
+    Keskar et al. 2019, CTRL (arXiv 1909.05858), section 4.1, in the form that holds for logits of either sign.
     """
-    logits_BV = logits_BV.float()
-    if seen_BV is not None:
-        logits_BV = repetition_penalty(logits_BV, seen_BV, s.penalty_B1)
-    best_B = logits_BV.argmax(-1)
-    if s.all_greedy or uniform_B is None:
-        return best_B
-    probs_BV, order_BV = filtered_probs(logits_BV, s)
-    cumulative_BV = probs_BV.cumsum(-1)
-    target_B1 = uniform_B.to(cumulative_BV)[:, None] * cumulative_BV[:, -1:]
-    # The first place whose cumulative probability exceeds the target: places of probability 0 are never chosen.
-    place_B1 = torch.searchsorted(cumulative_BV, target_B1, right=True)
-    last_B1 = (probs_BV > 0).sum(-1, keepdim=True) - 1
-    return torch.where(s.greedy_B, best_B, order_BV.gather(-1, place_B1.minimum(last_B1)).squeeze(-1))
+    pushed_V = torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
+    return torch.where(seen_V, pushed_V, logits_V)
+
+
+def count_penalties(logits_V: Tensor, counts_V: Tensor, frequency: float, presence: float) -> Tensor:
+    """logit[j] - counts[j] * frequency - (counts[j] > 0) * presence, where counts[j] says how often the answer has j.
+
+    OpenAI's API reference, "Frequency and presence penalties".
+    """
+    return logits_V - counts_V * frequency - (counts_V > 0) * presence
+
+
+def kept(scores_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """The tokens that temperature and cuts leave to draw from: ids (K) in rising order, probabilities (K) of sum 1.
+
+    top_k keeps those as likely as the k-th or more. top_p keeps the likeliest whose sum reaches p (Holtzman et al.
+    2020, arXiv 1904.09751). min_p keeps those with min_p times the largest probability or more (Nguyen et al. 2024,
+    arXiv 2407.01082). Each cut looks at what the one before it left; tokens of equal probability stay or go together.
+    """
+    logits_K, ids_K = scores_V / params.temperature, torch.arange(len(scores_V), device=scores_V.device)
+    if 0 < params.top_k < len(logits_K):
+        least = logits_K.topk(params.top_k).values[-1]
+        logits_K, ids_K = _only(logits_K >= least, logits_K, ids_K)
+    if params.top_p < 1:
+        probs_K = logits_K.softmax(-1)
+        logits_K, ids_K = _only(probs_K >= nucleus_floor(probs_K, params.top_p), logits_K, ids_K)
+    if params.min_p > 0:  # p >= min_p * max(p), by logarithms
+        logits_K, ids_K = _only(logits_K >= logits_K.max() + math.log(params.min_p), logits_K, ids_K)
+    return ids_K, logits_K.softmax(-1)
+
+
+def nucleus_floor(probs_K: Tensor, top_p: float) -> Tensor:
+    """The smallest probability inside the nucleus: a token stays while those before it sum to less than top_p.
+
+    Only what may be inside is sorted. K tokens below (1 - top_p) / K hold less than 1 - top_p together, so the others
+    hold more than top_p; half of that bound leaves room for rounding.
+    """
+    candidates = probs_K[probs_K >= (1 - top_p) / (2 * len(probs_K))]
+    falling = candidates.sort(descending=True).values
+    before = falling.cumsum(0, dtype=torch.float64) - falling
+    return falling[(before < top_p).sum() - 1]
+
+
+def _choose(logits_V: Tensor, state: SamplingState) -> Tensor:
+    """The row's token id, a tensor of no dimensions: the GPU is waited for once a batch."""
+    scores_V = state.scores(logits_V)
+    if state.params.greedy:
+        return scores_V.argmax()
+    ids_K, probs_K = kept(scores_V, state.params)
+    # Inverse CDF: the first place whose cumulative probability exceeds u, so a probability of 0 is never chosen. The
+    # product is below the sum for every u < 1, in rounded arithmetic too.
+    cumulative_K = probs_K.cumsum(0, dtype=torch.float64)
+    return ids_K[torch.searchsorted(cumulative_K, state.draw() * cumulative_K[-1], right=True)]
+
+
+def _only(keep_K: Tensor, logits_K: Tensor, ids_K: Tensor) -> tuple[Tensor, Tensor]:
+    places = keep_K.nonzero().squeeze(-1)
+    return logits_K[places], ids_K[places]
