@@ -1,0 +1,73 @@
+"""A stock llama.cpp loads what we wrote and says what we say: greedy tokens, ids of text, and prompts of chats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from export_models import FAMILIES, greedy, make_model
+from llama_cpp import LlamaCpp
+
+from groundup.export.run import export
+from groundup.tokenizer import Tokenizer
+
+pytest.importorskip("xllamacpp", reason="no llama.cpp here: pip install xllamacpp")
+TEXTS = [
+    "The blue house by the river, doesn't it? DON'T!",
+    "小明住在河边。他有3只猫和12只鸡！",
+    "def add(a, b):\n    return a + b\n\n\n\tx = 3.14159\n",
+    "   runs  of    spaces \t\t and\n\n\n lines  ",
+    "1234567890 1,000.5 x²",
+    "<|im_end|> typed by a user <think>",
+]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_greedy_tokens_are_ours(tokenizer: Tokenizer, tmp_path: Path, family: str) -> None:
+    folder = make_model(tokenizer, tmp_path / "model", spare_rows=3, **FAMILIES[family])
+    export(folder, "gguf", "f32", tmp_path / "model.gguf")
+    server = LlamaCpp(tmp_path / "model.gguf")
+    for text in TEXTS[:2]:
+        prompt = [tokenizer.bos_id, *tokenizer.encode(text * 3)]
+        assert server.greedy(prompt, 32) == greedy(folder, prompt, 32)
+
+
+@pytest.fixture(scope="module")
+def server(model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> LlamaCpp:
+    path = tmp_path_factory.mktemp("gguf") / "model.gguf"
+    export(model_dir, "gguf", "f32", path)
+    return LlamaCpp(path)
+
+
+def test_ids_of_text_are_ours(server: LlamaCpp, tokenizer: Tokenizer) -> None:
+    for text in TEXTS[:-1]:
+        assert server.tokenize(text) == tokenizer.encode(text), text
+
+
+def test_control_tokens_of_a_prompt_are_parsed(server: LlamaCpp, tokenizer: Tokenizer) -> None:
+    rendered = tokenizer.render([{"role": "user", "content": "Hi"}], add_generation_prompt=True, enable_thinking=True)
+    assert server.tokenize(rendered.text, special=True) == rendered.ids
+
+
+def test_prompts_of_chats_are_ours(server: LlamaCpp, tokenizer: Tokenizer) -> None:
+    chat = [{"role": "system", "content": "Be Ada."}, {"role": "user", "content": "1+1?"}]
+
+    def ours(**options: bool) -> str:
+        return tokenizer.render(chat, add_generation_prompt=True, **options).text
+
+    assert server.prompt(chat) == ours(), "a client that says nothing"
+    assert server.prompt(chat, chat_template_kwargs={"enable_thinking": False}) == ours(enable_thinking=False)
+    assert server.prompt(chat, chat_template_kwargs={"thinking": True}) == ours(enable_thinking=True)
+
+
+def test_tools_and_calls_are_rendered_as_ours(server: LlamaCpp, tokenizer: Tokenizer) -> None:
+    function = {"name": "add", "description": "adds", "parameters": {"type": "object", "properties": {}}}
+    tools = [{"type": "function", "function": function}]
+    call = {"type": "function", "id": "1", "function": {"name": "add", "arguments": '{"a": 1, "b": [2, 3]}'}}
+    chat = [
+        {"role": "user", "content": "add"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "6", "tool_call_id": "1"},
+    ]
+    ours = tokenizer.render(chat, tools=tools, add_generation_prompt=True).text
+    assert server.prompt(chat, tools=tools) == ours
