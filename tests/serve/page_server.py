@@ -1,0 +1,153 @@
+"""What the page's tests talk to: a server whose answers depend on the question alone, and `ui` in a process."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+
+WAIT = 20  # seconds until a test gives up on something that should come at once
+
+MODELS = [
+    {"id": "base", "object": "model"},
+    {"id": "poet", "object": "model", "parent": "base"},
+    {"id": "seer", "object": "model", "capabilities": {"vision": True}},
+]
+REASONING = "The question names two numbers. Seventeen and five are twenty-two."
+TOOL_ARGUMENTS = '{"city": "上海", "days": 2}'
+
+
+class PageServer:
+    """Answers "<model> says: <question>", word by word. Questions that begin with these words do more:
+
+    slow    three words, then nothing until `release()` or until the client leaves (`aborted`)
+    think   reasoning first; "think slow" holds between reasoning and answer
+    tool    calls get_weather, its arguments in pieces
+    fail    400 with an error of OpenAI's shape
+    break   the connection ends in the middle
+    """
+
+    def __init__(self) -> None:
+        self.requests: list[dict[str, Any]] = []
+        self.holding, self.aborted, self.gate = threading.Event(), threading.Event(), threading.Event()
+        self.answers: dict[str, str] = {}  # question -> answer, instead of the echo
+        self._socket = socket.socket()
+        self._socket.bind(("127.0.0.1", 0))
+        self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1"
+        app = FastAPI()
+        app.get("/v1/models")(self._models)
+        app.post("/v1/chat/completions")(self._chat)
+        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+        self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
+        self._thread.start()
+
+    def reset(self) -> None:
+        self.requests.clear()
+        for event in (self.holding, self.aborted, self.gate):
+            event.clear()
+
+    def release(self) -> None:
+        self.gate.set()
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+
+    async def _models(self) -> dict[str, Any]:
+        return {"object": "list", "data": MODELS}
+
+    async def _chat(self, request: Request) -> Any:
+        body = await request.json()
+        self.requests.append(body)
+        content = body["messages"][-1]["content"]
+        text = content if isinstance(content, str) else content[-1]["text"]
+        if text.startswith("fail"):
+            error = {"message": "max_tokens: must be at least 1", "type": "invalid_request_error"}
+            return JSONResponse({"error": error}, 400)
+        return StreamingResponse(self._stream(request, body["model"], text), media_type="text/event-stream")
+
+    async def _stream(self, request: Request, model: str, text: str) -> AsyncIterator[str]:
+        head = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": model}
+
+        def chunk(delta: dict[str, Any], finish: str | None = None) -> str:
+            choice = {"index": 0, "delta": delta, "finish_reason": finish}
+            return _sse({**head, "choices": [choice]})
+
+        yield chunk({"role": "assistant", "content": ""})
+        if text.startswith("think"):
+            for word in REASONING.split(" "):
+                yield chunk({"reasoning_content": word + " "})
+        if text.startswith("slow"):
+            yield chunk({"content": "one two three"})
+        if "slow" in text:
+            await self._hold(request)
+        if text.startswith("break"):
+            yield chunk({"content": "half an ans"})
+            raise ConnectionResetError
+        if text.startswith("tool"):
+            call = {"index": 0, "id": "c1", "function": {"name": "get_weather", "arguments": ""}}
+            yield chunk({"tool_calls": [call]})
+            for piece in (TOOL_ARGUMENTS[:9], TOOL_ARGUMENTS[9:]):
+                yield chunk({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]})
+            yield chunk({}, "tool_calls")
+        else:
+            for word in self.answers.get(text, f"{model} says: {text}").split(" "):
+                yield chunk({"content": word + " "})
+            yield chunk({}, "stop")
+        usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+        yield _sse({**head, "choices": [], "usage": usage})
+        yield "data: [DONE]\n\n"
+
+    async def _hold(self, request: Request) -> None:
+        self.holding.set()
+        try:
+            while not self.gate.is_set():
+                if await request.is_disconnected():
+                    self.aborted.set()
+                    return
+                await asyncio.sleep(0.02)
+        except asyncio.CancelledError:
+            self.aborted.set()
+            raise
+
+
+def _sse(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+class Command:
+    """`ui(...)` in a process of its own, up when the constructor returns."""
+
+    def __init__(self, directory: Path | None = None, url: str | None = None) -> None:
+        target = repr(str(directory)) if directory else None
+        code = f"from groundup.serve.ui import ui; ui({target}, url={url!r}, port={free_port()})"
+        environment = os.environ | {"OPENAI_API_KEY": "none"}
+        command = [sys.executable, "-c", code]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        assert self.process.stdout is not None
+        lines = iter(self.process.stdout.readline, "")
+        said = next((line for line in lines if line.startswith("chat page: ")), None)
+        assert said is not None, f"it ended with {self.process.wait()}"
+        self.address = said.split()[2]
+
+    def stop(self, how: signal.Signals = signal.SIGTERM) -> int:
+        self.process.send_signal(how)
+        return self.process.wait(3 * WAIT)
