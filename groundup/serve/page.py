@@ -128,11 +128,12 @@ class Conversation:
 
     def watch(self, turn: Turn, views: list[AnswerView]) -> None:
         """Draw the answers as they grow. Any click breaks in with a new run, which goes on watching; a closed tab or
-        Streamlit's own stop ends the run for good, and then nobody waits for the answer any more."""
+        Streamlit's own stop ends the run for good, and then nobody waits for the answer any more. (With Streamlit's
+        fastReruns every click is a stop: ui.py turns them off.)"""
         news = turn.answers[0].news
         try:
             while not turn.done:
-                news.wait(0.25)
+                news.wait(0.2)
                 news.clear()
                 for view in views:
                     view.draw()

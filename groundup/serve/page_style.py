@@ -12,10 +12,11 @@ THEME = {
 
 # Keys of containers become classes (st-key-...). Grey by opacity reads on light and dark alike.
 CSS = """<style>
-[data-testid="stMainBlockContainer"] { padding-top: 3rem; padding-bottom: 1rem; }
+[data-testid="stMainBlockContainer"] { padding-top: 4.5rem; padding-bottom: 1rem; }
+[data-testid="stBottomBlockContainer"] { padding-bottom: 1.5rem; }
 [data-testid="stSidebarUserContent"] { padding-top: 0; }
 [class*="st-key-said-"] {
-  width: fit-content; max-width: 85%; margin-left: auto;
+  max-width: 85%;
   padding: .55rem .9rem; border-radius: 1rem; background: rgba(128, 128, 128, .13);
 }
 [class*="st-key-said-"] [data-testid="stText"] { white-space: pre-wrap; overflow-wrap: anywhere; }

@@ -21,7 +21,8 @@ def as_markdown(text: str) -> str:
 def draw_turn(turn: Turn, number: int, say: Say, editing: bool = False) -> list[AnswerView]:
     """Draw a turn; the views redraw its answers. editing: the question is being edited, and is drawn elsewhere."""
     if not editing:
-        with st.container(key=f"said-{number}", width="content"):
+        right = st.container(horizontal_alignment="right")
+        with right.container(key=f"said-{number}", width="content"):
             for picture in turn.pictures:
                 st.image(picture.data, width=240)
             if turn.text:
@@ -39,14 +40,12 @@ class AnswerView:
     """One answer on the page: thinking (open while it comes, then folded), text, tool calls, a line of figures."""
 
     def __init__(self, answer: Answer, say: Say, key: str) -> None:
-        self._answer, self._say = answer, say
+        self._answer, self._say, self._key = answer, say, key
         self._folded: bool | None = None
         self._calls_drawn = ""
         with st.container(key=f"answer-{key}"):
             st.caption(answer.model)
-            with st.container(key=f"thinking-{key}"):
-                self._thinking = st.empty()
-            self._text, self._calls, self._status = st.empty(), st.empty(), st.empty()
+            self._thinking, self._text, self._calls, self._status = st.empty(), st.empty(), st.empty(), st.empty()
         self.draw()
 
     def draw(self) -> None:
@@ -74,7 +73,8 @@ class AnswerView:
             seconds = self._answer.thought_seconds
             label = self._say("thought", seconds=seconds) if folded else self._say("thinking_now")
             self._folded = folded
-            self._thought = self._thinking.expander(label, expanded=not folded).empty()
+            key = f"thinking-{self._key}-{'folded' if folded else 'open'}"
+            self._thought = self._thinking.expander(label, expanded=not folded, key=key).empty()
             self._thought.markdown(as_markdown(self._answer.reasoning))
         elif not folded:
             self._thought.markdown(as_markdown(self._answer.reasoning))
@@ -86,7 +86,7 @@ class AnswerView:
         self._calls_drawn = repr(calls)
         with self._calls.container():
             for name, arguments in calls:
-                st.caption(f":material/build: `{name.replace('`', '')}`")
+                st.markdown(f":material/build: `{name.replace('`', '')}`")
                 st.code(arguments, language="json", wrap_lines=True)
 
     def _figures(self) -> str:

@@ -114,6 +114,7 @@ def _start_page(url: str, host: str, port: int, children: list[subprocess.Popen[
         "server.headless": "true",  # no browser is opened, no e-mail address asked for
         "server.fileWatcherType": "none",
         "browser.gatherUsageStats": "false",
+        "runner.fastReruns": "false",  # a click breaks in as a rerun; a stop then means that the tab is gone (page.py)
         **THEME,
     }
     page = Path(__file__).with_name("page.py")

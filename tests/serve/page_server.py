@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -42,7 +43,10 @@ class PageServer:
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.holding, self.aborted, self.gate = threading.Event(), threading.Event(), threading.Event()
-        self.answers: dict[str, str] = {}  # question -> answer, instead of the echo
+        self.scripts: dict[
+            str, dict[str, str]
+        ] = {}  # question -> {"reasoning", "content", "call"}, instead of the rules
+        self.pace = 0.0  # seconds a word, for pictures with figures that look alive
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}/v1"
@@ -86,27 +90,23 @@ class PageServer:
             return _sse({**head, "choices": [choice]})
 
         yield chunk({"role": "assistant", "content": ""})
-        if text.startswith("think"):
-            for word in REASONING.split(" "):
-                yield chunk({"reasoning_content": word + " "})
-        if text.startswith("slow"):
-            yield chunk({"content": "one two three"})
-        if "slow" in text:
-            await self._hold(request)
+        script = self.scripts.get(text) or _script(model, text)
+        words = 0
+        for kind, said in script.items():
+            if kind == "content" and "slow" in text:
+                await self._hold(request)
+            if kind == "call":
+                call = {"index": 0, "id": "c1", "function": {"name": "get_weather", "arguments": ""}}
+                yield chunk({"tool_calls": [call]})
+            for word in re.findall(r"\S+\s*|\s+", said):
+                delta = {"tool_calls": [{"index": 0, "function": {"arguments": word}}]}
+                yield chunk(delta if kind == "call" else {_FIELD[kind]: word})
+                words += 1
+                await asyncio.sleep(self.pace)
         if text.startswith("break"):
-            yield chunk({"content": "half an ans"})
             raise ConnectionResetError
-        if text.startswith("tool"):
-            call = {"index": 0, "id": "c1", "function": {"name": "get_weather", "arguments": ""}}
-            yield chunk({"tool_calls": [call]})
-            for piece in (TOOL_ARGUMENTS[:9], TOOL_ARGUMENTS[9:]):
-                yield chunk({"tool_calls": [{"index": 0, "function": {"arguments": piece}}]})
-            yield chunk({}, "tool_calls")
-        else:
-            for word in self.answers.get(text, f"{model} says: {text}").split(" "):
-                yield chunk({"content": word + " "})
-            yield chunk({}, "stop")
-        usage = {"prompt_tokens": 3, "completion_tokens": 5, "total_tokens": 8}
+        yield chunk({}, "tool_calls" if "call" in script else "stop")
+        usage = {"prompt_tokens": 3, "completion_tokens": words, "total_tokens": 3 + words}
         yield _sse({**head, "choices": [], "usage": usage})
         yield "data: [DONE]\n\n"
 
@@ -121,6 +121,19 @@ class PageServer:
         except asyncio.CancelledError:
             self.aborted.set()
             raise
+
+
+_FIELD = {"reasoning": "reasoning_content", "before": "content", "content": "content"}
+
+
+def _script(model: str, text: str) -> dict[str, str]:
+    """What is said to a question, in order."""
+    if text.startswith("tool"):
+        return {"call": TOOL_ARGUMENTS}
+    script = {"reasoning": REASONING} if text.startswith("think") else {}
+    if text.startswith("slow"):
+        script["before"] = "one two three "
+    return script | {"content": f"{model} says: {text}"}
 
 
 def _sse(value: dict[str, Any]) -> str:

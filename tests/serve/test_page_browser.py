@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ pytest.importorskip("openai", reason="the chat page needs openai: pip install 'g
 pytest.importorskip("fastapi", reason="the page's test server needs fastapi: pip install 'groundup[serve]'")
 pytest.importorskip("uvicorn", reason="the page's test server needs uvicorn: pip install 'groundup[serve]'")
 
-from page_server import WAIT, Command, PageServer  # noqa: E402  after the reasons to skip
+from page_server import REASONING, TOOL_ARGUMENTS, WAIT, Command, PageServer  # noqa: E402  after the reasons to skip
 
 expect = sync_api.expect
 expect.set_options(timeout=1000 * WAIT)
@@ -98,7 +98,7 @@ def test_type_stream_stop(open_page: Callable[..., Any], server: PageServer) -> 
     expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
     say(page, "hello")
     expect(page.get_by_text("base says: hello")).to_be_visible()
-    assert [m["content"] for m in server.requests[-1]["messages"]] == ["slow one", "one two three", "hello"]
+    assert [m["content"] for m in server.requests[-1]["messages"]] == ["slow one", "one two three ", "hello"]
 
 
 def test_other_clicks_do_not_cut_an_answer(open_page: Callable[..., Any], server: PageServer) -> None:
@@ -176,53 +176,48 @@ def test_nothing_runs_over_the_edge(open_page: Callable[..., Any], server: PageS
     assert box["x"] >= 0 and box["x"] + box["width"] <= width
 
 
-ENGLISH = {
-    "Who lives in the mill, and how do you know?": "**Mara** lives in the mill. The story says so twice:\n\n"
-    "1. she *carries the flour home*,\n2. and the baker asks for her there.\n\n"
-    "```python\nhome = {\"Mara\": \"mill\", \"Oren\": \"harbour\"}\n```",
-    "think: what is 17 + 5?": "17 + 5 = **22**",
-}  # fmt: skip
-CHINESE = {
-    "小林住在哪里？你怎么知道的？": "小林住在**磨坊**。故事里提到了两次：\n\n"
-    "1. 她把面粉*带回家*；\n2. 面包师到那里去找她。",
-    "think：17 + 5 等于几？": "17 + 5 = **22**",
+ENGLISH: dict[str, dict[str, str]] = {
+    "Who lives in the mill, and how do you know?": {
+        "content": "**Mara** lives in the mill. The story says so twice:\n\n"
+        "1. she *carries the flour home*,\n2. and the baker asks for her there.\n\n"
+        '```python\nhome = {"Mara": "mill", "Oren": "harbour"}\n```'
+    },
+    "What is 17 + 5?": {"reasoning": REASONING, "content": "17 + 5 = **22**"},
+}
+CHINESE: dict[str, dict[str, str]] = {
+    "小林住在哪里？你怎么知道的？": {
+        "content": "小林住在**磨坊**。 故事里提到了两次：\n\n1. 她把面粉*带回家*；\n2. 面包师到那里去找她。"
+    },
+    "17 + 5 等于几？": {"reasoning": "十七加五， 就是 二十二。", "content": "17 + 5 = **22**"},
+}
+COMPARED: dict[str, dict[str, str]] = {
+    "Will it rain in Shanghai?": {"call": TOOL_ARGUMENTS},
+    "Say hello to the harbour.": {"content": "Hello, harbour! The boats are *in*, and the lamp is lit."},
 }
 
 
 def test_screenshots(open_page: Callable[..., Any], server: PageServer, tmp_path: Path) -> None:
     """The pictures of the documentation; without GROUNDUP_SCREENSHOTS they show only that they can be drawn."""
-    folder = Path(os.environ.get("GROUNDUP_SCREENSHOTS", tmp_path))
-    server.answers = ENGLISH | CHINESE
+    wanted = os.environ.get("GROUNDUP_SCREENSHOTS")
+    folder = Path(wanted or tmp_path)
+    server.scripts, server.pace = ENGLISH | CHINESE | COMPARED, 0.04 if wanted else 0.0
 
-    def shot(page: Any, name: str) -> None:
-        path = folder / f"chat-page-{name}.png"
-        page.mouse.move(2, 2)
-        page.screenshot(path=path, animations="disabled", caret="initial")
-        assert 5_000 < path.stat().st_size < 150_000
-
-    for name, questions, locale in (("en", ENGLISH, "en-US"), ("zh", CHINESE, "zh-CN")):
-        page = open_page(locale=locale)
+    def talk(page: Any, questions: Iterable[str], name: str, again: str = "Regenerate") -> None:
         for question in questions:
             say(page, question)
-            expect(page.get_by_test_id("stCaptionContainer").get_by_text(re.compile("tokens/s|每秒"))).to_have_count(
-                1 + list(questions).index(question)
-            )
-        shot(page, name)
+            expect(page.get_by_test_id("stText").last).to_have_text(question)
+            expect(page.get_by_role("button", name=again)).to_be_visible()
+        path = folder / f"chat-page-{name}.png"
+        page.screenshot(path=path, animations="disabled")
+        assert 5_000 < path.stat().st_size < 150_000
 
-    page = open_page(width=1280)
+    talk(open_page(), ENGLISH, "en")
+    talk(open_page(locale="zh-CN"), CHINESE, "zh", again="重新生成")
+    page = open_page()
     page.get_by_test_id("stSidebar").get_by_role("radio", name="2").click()
     choose(page, "Model 2", "poet")
-    say(page, "tool: will it rain in Shanghai?")
-    expect(page.get_by_text("get_weather")).to_have_count(2)
-    say(page, "Say hello to the harbour.")
-    expect(page.get_by_text("poet says: Say hello")).to_be_visible()
-    expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
-    shot(page, "side-by-side")
-
-    page = open_page(width=390, height=760)
-    say(page, list(ENGLISH)[1])
-    expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
-    shot(page, "phone")
+    talk(page, COMPARED, "side-by-side")
+    talk(open_page(width=390, height=700), ENGLISH, "phone")
 
 
 def test_a_model_of_ours_end_to_end(open_page: Callable[..., Any], folder: Path) -> None:
