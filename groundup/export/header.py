@@ -16,6 +16,9 @@ def header_fields(config: ModelConfig) -> dict[str, Any]:
     """The fields of the architecture, without its name before them. UserError for a model that llama.cpp has not."""
     if config.model_type == "qwen3" and config.attention_bias:
         raise UserError("attention_bias", "llama.cpp's qwen3 has no biases", "export to hf instead")
+    if config.model_type == "qwen2" and config.num_attention_heads * config.head_dim != config.hidden_size:
+        why = f"{config.num_attention_heads} heads of {config.head_dim} are not the width {config.hidden_size}"
+        raise UserError("head_dim", f"{why}, as llama.cpp's qwen2 has it", "export to hf instead")
     return {
         "context_length": config.max_position_embeddings,
         "embedding_length": config.hidden_size,

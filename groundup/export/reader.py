@@ -80,12 +80,17 @@ def shortest(value: float) -> float:
 
 
 def _strict_reader(gguf: Any) -> Any:
-    """The package's reader, which takes what lies past the end of the file for empty, made to refuse it."""
+    """The package's reader, which takes what lies past the end of the file for empty, made to refuse it at once."""
 
     class Strict(gguf.GGUFReader):
         def _get(self, offset: int, dtype: Any, count: int = 1, override_order: Any = None) -> Any:
             if offset + np.dtype(dtype).itemsize * int(count) > len(self.data):
                 raise ValueError("it ends too early")
             return super()._get(offset, dtype, count, override_order)
+
+        def _get_field_parts(self, orig_offs: int, raw_type: int) -> Any:
+            if raw_type == gguf.GGUFValueType.ARRAY and self._get(orig_offs + 4, np.uint64)[0] > len(self.data):
+                raise ValueError("a list is longer than the file")
+            return super()._get_field_parts(orig_offs, raw_type)
 
     return Strict

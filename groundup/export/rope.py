@@ -37,13 +37,12 @@ def rope_fields(config: ModelConfig) -> dict[str, Any]:
     fields |= {"rope.scaling.type": kind, "rope.scaling.factor": factor}
     if kind == "linear":
         return fields
-    if not scaling.get("truncate", True):
-        raise UserError("rope_scaling", "llama.cpp has no yarn with truncate: false", "export to hf instead")
+    if not scaling.get("truncate", True) or (scaling.get("beta_fast") or 32, scaling.get("beta_slow") or 1) != (32, 1):
+        # The format has fields for the betas, but llama.cpp reads them for a few other architectures only.
+        why = "llama.cpp computes yarn with beta_fast 32, beta_slow 1 and truncate: true only"
+        raise UserError("rope_scaling", why, "export to hf instead")
     fields["rope.scaling.original_context_length"] = scaling["original_max_position_embeddings"]
     fields["rope.scaling.attn_factor"] = rope_frequencies(config)[1] / _built_in_gain(factor)
-    for name in ("beta_fast", "beta_slow"):
-        if scaling.get(name):
-            fields[f"rope.scaling.yarn_{name}"] = float(scaling[name])
     return fields
 
 
@@ -72,9 +71,6 @@ def read_rope_scaling(file: GgufFile, config: ModelConfig, factors: np.ndarray |
     gain = file.own("rope.scaling.attn_factor", 1.0)
     if abs(gain - 1.0) > 1e-6:
         scaling["attention_factor"] = float(f"{gain * _built_in_gain(factor):.6g}")
-    for name in ("beta_fast", "beta_slow"):
-        if file.own(f"rope.scaling.yarn_{name}", None):
-            scaling[name] = shortest(file.own(f"rope.scaling.yarn_{name}", None))
     return scaling
 
 

@@ -35,11 +35,8 @@ FAMILIES = {
         "mlp_bias": True,
     },
     "qwen3-linear": {"model_type": "qwen3", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
-    "qwen2-yarn": {"model_type": "qwen2", "rope_scaling": YARN},
-    "llama-yarn": {
-        "model_type": "llama",
-        "rope_scaling": {**YARN, "attention_factor": 0.9, "beta_fast": 16.0, "beta_slow": 2.0},
-    },
+    "qwen2-yarn": {"model_type": "qwen2", "num_attention_heads": 2, "num_key_value_heads": 1, "rope_scaling": YARN},
+    "llama-yarn": {"model_type": "llama", "rope_scaling": {**YARN, "attention_factor": 0.9}},
     "llama-llama3": {
         "model_type": "llama",
         "rope_theta": 500_000.0,

@@ -14,11 +14,13 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from export_models import make_model
 
 from groundup.errors import UserError
 from groundup.export.from_gguf import import_gguf
 from groundup.export.run import export
 from groundup.model.io import load_model, save_model
+from groundup.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -165,15 +167,26 @@ def test_weights_that_f16_cannot_hold(model_dir: Path, tmp_path: Path) -> None:
     assert left(tmp_path) == ["model"]
 
 
-def test_what_llama_cpp_cannot_compute(model_dir: Path, tmp_path: Path) -> None:
+def test_what_llama_cpp_cannot_compute(model_dir: Path, tmp_path: Path, tokenizer: Tokenizer) -> None:
     folder = shutil.copytree(model_dir, tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())
-    scaling = {"rope_type": "yarn", "factor": 2.0, "truncate": False}
-    (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling}))
-    refused(lambda: export(folder, "gguf", "f32", tmp_path / "out"), "truncate")
+    yarn = {"rope_type": "yarn", "factor": 2.0}
+    llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+    for scaling, said in (
+        ({**yarn, "truncate": False}, "yarn"),
+        ({**yarn, "beta_slow": 2}, "yarn"),
+        (llama3, "llama3"),
+    ):
+        (folder / "config.json").write_text(json.dumps({**config, "rope_scaling": scaling}))
+        refused(lambda said=said: export(folder, "gguf", "f32", tmp_path / "out"), "rope_scaling", said)
     (folder / "config.json").write_text(json.dumps({**config, "vocab_size": 100}))
     refused(lambda: export(folder, "gguf", "f32", tmp_path / "out"), "embed_tokens")
     assert left(tmp_path) == ["model"]
+    wide = make_model(tokenizer, tmp_path / "wide", model_type="qwen2")
+    refused(lambda: export(wide, "gguf", "f32", tmp_path / "out"), "4 heads of 32")
+    biased = make_model(tokenizer, tmp_path / "biased", model_type="qwen3", attention_bias=True)
+    refused(lambda: export(biased, "gguf", "f32", tmp_path / "out"), "no biases")
+    assert left(tmp_path) == ["biased", "model", "wide"]
 
 
 @pytest.fixture

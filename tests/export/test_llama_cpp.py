@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from export_models import FAMILIES, greedy, make_model
 from llama_cpp import LlamaCpp
 
 from groundup.export.run import export
+from groundup.model.io import load_model
 from groundup.tokenizer import Tokenizer
 
 pytest.importorskip("xllamacpp", reason="no llama.cpp here: pip install xllamacpp")
@@ -23,13 +25,22 @@ TEXTS = [
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_greedy_tokens_are_ours(tokenizer: Tokenizer, tmp_path: Path, family: str) -> None:
+def test_greedy_tokens_and_logprobs_are_ours(tokenizer: Tokenizer, tmp_path: Path, family: str) -> None:
     folder = make_model(tokenizer, tmp_path / "model", spare_rows=3, **FAMILIES[family])
     export(folder, "gguf", "f32", tmp_path / "model.gguf")
     server = LlamaCpp(tmp_path / "model.gguf")
     for text in TEXTS[:2]:
         prompt = [tokenizer.bos_id, *tokenizer.encode(text * 3)]
         assert server.greedy(prompt, 32) == greedy(folder, prompt, 32)
+    compared = 0
+    model, long = load_model(folder), [tokenizer.bos_id, *tokenizer.encode(" ".join(TEXTS) * 3)]
+    for length in (1, 2, 3, 8, 9, 30, 31, 32, 200, 201, 400, 401):
+        with torch.no_grad():
+            logprobs_V = model(torch.tensor([long[:length]]))[0, -1].log_softmax(-1)
+        found = {i: p for i, p in server.next_logprobs(long[:length]).items() if p > -100}  # eos is told to be none
+        assert all(abs(p - logprobs_V[i].item()) < 1e-3 for i, p in found.items()), length
+        compared += len(found)
+    assert compared > 50
 
 
 @pytest.fixture(scope="module")
