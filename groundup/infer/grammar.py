@@ -20,6 +20,7 @@ from groundup.infer.params import Grammar
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
 
     from groundup.tokenizer import Tokenizer
 
@@ -27,7 +28,7 @@ __all__ = ["Grammar", "GrammarCompiler", "Matcher"]
 
 # White space between JSON's tokens: none, a space, or a line break with indentation. With any amount allowed, as in
 # JSON itself, a weak model may never come to an end. A schema's own "x-guidance" comes before these.
-JSON_OPTIONS = {"whitespace_pattern": r"( |\n[ \t]{0,32})"}
+JSON_OPTIONS: JsonCompileOptions = {"whitespace_pattern": r"( |\n[ \t]{0,32})"}
 THINKING = 'start: thought "\\n\\n" @answer\nthought: /(?s:.*)/ </think>'
 COMPILED = 64  # grammars kept compiled: a server sees the same few again and again
 

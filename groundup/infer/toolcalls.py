@@ -119,7 +119,7 @@ class ToolCallSplitter:
         head = _HEAD.match(self._held)
         if head:
             self._take(head.end())
-            self._start(out, head[1])
+            self._start(out, json.loads(head[1]))
             self._state = self._inside
             return True
         at = self._held.find(CLOSE)
@@ -257,8 +257,8 @@ def tool_grammar(
     return Grammar("lark", "\n".join(lines), thinking, "tools")
 
 
-# Names with an escape in them are left to _whole_call.
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*"([^"\\\x00-\x1f]+)"\s*,\s*"arguments"\s*:\s*(?=\{)')
+_STRING = r'"(?:[^"\\\x00-\x1f]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))+"'
+_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*(' + _STRING + r')\s*,\s*"arguments"\s*:\s*(?=\{)')
 _BRACKETS = {"{": 1, "[": 1, "}": -1, "]": -1}
 
 

@@ -145,13 +145,13 @@ def test_a_row_gets_the_same_bits_alone_and_in_any_batch(dtype: torch.dtype) -> 
     together, alone = states_of(MANY, prompt, vocab), states_of(MANY, prompt, vocab)
     for _ in range(3):  # the second and third step with tokens accepted
         probs, (ids, logprobs) = probabilities(logits, together), sample(logits, together)
+        order = torch.randperm(len(MANY), generator=torch.Generator().manual_seed(0))
+        assert torch.equal(probabilities(logits[order], [together[i] for i in order]), probs[order])
         for row, state in enumerate(alone):
             mine = logits[row : row + 1].clone()
             assert torch.equal(probabilities(mine, [state])[0], probs[row])
             assert sample(mine, [state]) == ([ids[row]], [logprobs[row]])
             state.accept(ids[row]), together[row].accept(ids[row])
-        order = torch.randperm(len(MANY), generator=torch.Generator().manual_seed(0))
-        assert torch.equal(probabilities(logits[order], [together[i] for i in order]), probs[order])
 
 
 def test_draws_follow_the_probabilities() -> None:

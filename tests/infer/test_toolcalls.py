@@ -69,7 +69,8 @@ CASES: dict[str, tuple[str, str, list[ToolCall]]] = {
     "no arguments": ('<tool_call>{"name": "f"}</tool_call>', "", [ToolCall("f", "{}")]),
     "arguments in a string": (
         '<tool_call>{"name": "f", "arguments": "{\\"a\\": 1}"}</tool_call>', "", [ToolCall("f", '{"a": 1}')]),
-    "escapes in the name": ('<tool_call>{"name": "f\\u4e2d", "arguments": {}}</tool_call>', "", [ToolCall("f中", "{}")]),
+    "escapes in the name": (
+        '<tool_call>{"name": "f\\u4e2d", "arguments": {}}</tool_call>', "", [ToolCall("f中", "{}")]),
 }  # fmt: skip
 
 BROKEN = {
@@ -165,7 +166,7 @@ def test_arguments_that_break_late_are_told_with_the_end() -> None:
 
 
 def test_what_the_chat_template_writes_is_found(tokenizer: Tokenizer) -> None:
-    calls = [{"name": "get_weather", "arguments": {"city": "北京 </tool_call> \"q\"\n"}}, {"name": "t", "arguments": {}}]
+    calls = [{"name": "get_weather", "arguments": {"city": '北京 </tool_call> "q"\n'}}, {"name": "t", "arguments": {}}]
     messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "Moment.", "tool_calls": calls}]
     rendered = tokenizer.render(messages)
     said = tokenizer.decode([token for token, mine in zip(rendered.ids, rendered.mask, strict=True) if mine])
@@ -183,7 +184,9 @@ def required(**properties: Any) -> dict[str, Any]:
 
 
 TOOLS = [
-    tool("get_weather", required(city={"enum": ["北京", "Rome"]}, days={"type": "integer", "minimum": 1, "maximum": 9})),
+    tool(
+        "get_weather", required(city={"enum": ["北京", "Rome"]}, days={"type": "integer", "minimum": 1, "maximum": 9})
+    ),
     tool("now", None),
     tool('odd "名"', {**required(a={"$ref": "#/$defs/leaf"}), "$defs": {"leaf": {"enum": ["x", "y"]}}}),
 ]
@@ -198,7 +201,7 @@ def fits(call: ToolCall) -> bool:
 
 def random_answer(tokenizer: Tokenizer, grammar: Grammar | None, seed: int) -> str:
     vocab = tokenizer.vocab_size + 5
-    ends = dict.fromkeys(tokenizer.stop_ids, 6.0)
+    ends = dict.fromkeys(tokenizer.stop_ids, 1.0)
     params = SamplingParams(temperature=1.0, seed=seed, grammar=grammar, logit_bias=ends)
     state = SamplingState(params, [], vocab, GrammarCompiler(tokenizer))
     generator, ids = torch.Generator().manual_seed(seed), []
@@ -226,14 +229,15 @@ def test_required_calls_of_random_weights(tokenizer: Tokenizer, foreign: Tokeniz
         assert all(content == "" and calls and all(map(fits, calls)) for content, calls in parsed), answers
         assert {call.name for _, calls in parsed for call in calls} == {"get_weather", "now", 'odd "名"'}
         assert max(len(calls) for _, calls in parsed) > 1
-        assert all("\n".join(calls_as_written(calls)) == answer for answer, (_, calls) in zip(answers, parsed, strict=True))
+        assert all(
+            "\n".join(calls_as_written(calls)) == answer for answer, (_, calls) in zip(answers, parsed, strict=True)
+        )
 
 
 def calls_as_written(calls: list[ToolCall]) -> list[str]:
-    return [
-        f'<tool_call>\n{{"name": {json.dumps(call.name, ensure_ascii=False)}, "arguments": {call.arguments}}}\n</tool_call>'
-        for call in calls
-    ]
+    names = [json.dumps(call.name, ensure_ascii=False) for call in calls]
+    bodies = [f'{{"name": {name}, "arguments": {call.arguments}}}' for name, call in zip(names, calls, strict=True)]
+    return [f"<tool_call>\n{body}\n</tool_call>" for body in bodies]
 
 
 def test_named_and_single_calls(tokenizer: Tokenizer) -> None:
