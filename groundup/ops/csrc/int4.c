@@ -1,0 +1,111 @@
+// y = x @ w^T + bias, x in fp32, w in 4 or 8 bits: a weight becomes a float in a register, and is never stored as one.
+// Plain twins: quantize_groups (4 bits) and quantize (8 bits, per channel) of ops/quant.py, dequantised.
+//
+// w lies in panels of 16 outputs: [E/16][K / per][16] words of 32 bits, each `per` = 8 or 4 signed weights of one output,
+// the first in the lowest bits. Every row is summed in the same order whatever rows stand beside it.
+#include <stdint.h>
+#include <string.h>
+#pragma GCC optimize("no-associative-math")  // or the order would differ with the number of rows
+
+typedef int32_t ints __attribute__((vector_size(64), aligned(4)));
+typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
+typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
+#if defined(__AVX512F__)
+enum { ROWS = 8 };
+#else
+enum { ROWS = 2 };  // a vec is two registers of sixteen
+#endif
+enum { CHAINS = 2 };  // sums side by side, so that an addition does not wait for the last one
+
+static inline vec bf16(const uint16_t *p) {
+  halves half;
+  memcpy(&half, p, sizeof half);
+  return (vec)(__builtin_convertvector(half, ints) << 16);
+}
+
+// One panel with `rows` rows; bits and rows are constants. params: [groups][2][16] bf16, scale and centre, for 4 bits.
+static inline __attribute__((always_inline)) void product(const int bits, const int rows, const int32_t *w,
+                                                          const uint16_t *params, const float *x, const float *sums, int k,
+                                                          int group, vec *out) {
+  const int per = 32 / bits, groups = k / group;
+  vec total[ROWS];
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++) total[m] = (vec){0};
+  for (int g = 0; g < groups; g++) {
+    vec acc[ROWS][CHAINS];
+#pragma GCC unroll 8
+    for (int m = 0; m < rows; m++) acc[m][0] = acc[m][1] = (vec){0};
+    for (int at = g * group; at < (g + 1) * group; at += per, w += 16) {
+      ints words;
+      memcpy(&words, w, sizeof words);
+#pragma GCC unroll 8
+      for (int i = 0; i < per; i++) {
+        vec weight = __builtin_convertvector((words << (32 - bits * (i + 1))) >> (32 - bits), vec);
+#pragma GCC unroll 8
+        for (int m = 0; m < rows; m++) acc[m][i % CHAINS] += weight * x[(int64_t)m * k + at + i];
+      }
+    }
+    if (bits == 4) {
+      vec scale = bf16(params + g * 32), centre = bf16(params + g * 32 + 16);
+#pragma GCC unroll 8
+      for (int m = 0; m < rows; m++) total[m] += scale * (acc[m][0] + acc[m][1]) + centre * sums[(int64_t)m * groups + g];
+    } else {
+#pragma GCC unroll 8
+      for (int m = 0; m < rows; m++) total[m] = acc[m][0] + acc[m][1];
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < rows; m++) out[m] = total[m];
+}
+
+static inline __attribute__((always_inline)) int some(const int bits, int rows, const int32_t *w, const uint16_t *params,
+                                                      const float *x, const float *sums, int k, int group, vec *out) {
+  if (rows >= ROWS) return product(bits, ROWS, w, params, x, sums, k, group, out), ROWS;
+  if (ROWS > 4 && rows >= 4) return product(bits, 4, w, params, x, sums, k, group, out), 4;
+  if (rows >= 2) return product(bits, 2, w, params, x, sums, k, group, out), 2;
+  return product(bits, 1, w, params, x, sums, k, group, out), 1;
+}
+
+static inline __attribute__((always_inline)) void linear(const int bits, const float *x, const int32_t *w,
+                                                         const uint16_t *params, const float *scales, const float *bias,
+                                                         float *y, float *sums, int n, int k, int e, int group, int threads) {
+  const int groups = k / group;
+#pragma omp parallel num_threads(threads)
+  {
+    if (bits == 4) {
+#pragma omp for
+      for (int64_t i = 0; i < (int64_t)n * groups; i++) {
+        vec parts = {0};
+        for (int j = 0; j < group; j += 16) parts += *(const vec *)(x + i * group + j);
+        sums[i] = 0;
+        for (int j = 0; j < 16; j++) sums[i] += parts[j];
+      }
+    }
+#pragma omp for nowait
+    for (int j = 0; j < e; j += 16) {
+      const int32_t *panel = w + (int64_t)j * k * bits / 32;
+      const uint16_t *own = params ? params + (int64_t)j * groups * 2 : NULL;
+      int wide = e - j < 16 ? e - j : 16;
+      vec out[ROWS];
+      for (int m = 0, did; m < n; m += did) {
+        did = some(bits, n - m, panel, own, x + (int64_t)m * k, sums + (int64_t)m * groups, k, group, out);
+        for (int r = 0; r < did; r++) {
+          float *to = y + (int64_t)(m + r) * e + j;
+          for (int i = 0; i < wide; i++) to[i] = out[r][i] * (scales ? scales[j + i] : 1) + (bias ? bias[j + i] : 0);
+        }
+      }
+    }
+  }
+}
+
+// x [n, k], bias [e] or NULL, y [n, e]; sums: scratch of n * k / group floats; params as above; 16 divides group, group divides k.
+void int4_linear(const float *x, const int32_t *w, const uint16_t *params, const float *bias, float *y, float *sums, int n,
+                 int k, int e, int group, int threads) {
+  linear(4, x, w, params, NULL, bias, y, sums, n, k, e, group, threads);
+}
+
+// scales [e]; 4 divides k.
+void int8_weight_linear(const float *x, const int32_t *w, const float *scales, const float *bias, float *y, int n, int k,
+                        int e, int threads) {
+  linear(8, x, w, NULL, scales, bias, y, NULL, n, k, e, k, threads);
+}
