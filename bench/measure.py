@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,9 +52,9 @@ class Program:
         self.hello["start_seconds"] = time.perf_counter() - began
         return self
 
-    def turn(self, seconds: float) -> dict[str, Any]:
-        """Let it train for `seconds`; {tokens, steps, seconds, peak_mb} and tokens_per_second."""
-        self._process.stdin.write(f"{seconds}\n")  # type: ignore[union-attr]
+    def turn(self, ask: float | str) -> dict[str, Any]:
+        """Give it a turn: seconds to train for, or a line of what to answer. Its figures, and tokens_per_second."""
+        self._process.stdin.write(f"{ask}\n")  # type: ignore[union-attr]
         self._process.stdin.flush()  # type: ignore[union-attr]
         answer = self._hear()
         answer["tokens_per_second"] = answer["tokens"] / answer["seconds"]
@@ -88,14 +88,20 @@ class Program:
         raise ProgramFailed(f"{self.name}: " + "\n".join(tail))
 
 
-def take_turns(programs: Sequence[Program], rounds: int, seconds: float, between: Any = None) -> None:
-    """A B C, A B C, ...: each round every program has one turn, in a rotating order; `between` runs once a round."""
+def take_turns(
+    programs: Sequence[Program], rounds: int, ask: float | Callable[[int], str], between: Any = None
+) -> None:
+    """A B C, A B C, ...: each round every program has one turn, in a rotating order; `between` runs once a round.
+
+    ask: what a turn is told; or, of a round's number, what all are told in it.
+    """
     for number in range(rounds):
         if between:
             between()
+        told = ask(number) if callable(ask) else ask
         shift = number % len(programs)
         for program in [*programs[shift:], *programs[:shift]]:
-            program.turn(seconds)
+            program.turn(told)
 
 
 def ratio(ours: Program, peer: Program) -> float:

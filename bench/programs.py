@@ -8,20 +8,20 @@ from typing import Any
 
 from bench.measure import Program, ProgramFailed
 from bench.options import MODULES, SETTINGS, Options
-from bench.peers.environments import litgpt_python
+from bench.peers.environments import python_of
 
 
 def available(peers: tuple[str, ...]) -> tuple[list[str], dict[str, str]]:
     """(programs that can run, why the others cannot). Ours comes first."""
     missing = {}
-    if "litgpt" in peers and litgpt_python() is None:
+    if "litgpt" in peers and python_of("litgpt") is None:
         missing["litgpt"] = "not installed (python -m bench.peers install)"
     return ["ours", *(name for name in peers if name not in missing)], missing
 
 
 def program(name: str, spec: dict[str, Any], setting: dict[str, Any]) -> Program:
     """One program at one setting, not yet started."""
-    python = (litgpt_python() or sys.executable) if name == "litgpt" else sys.executable
+    python = (python_of("litgpt") or sys.executable) if name == "litgpt" else sys.executable
     return Program(name, MODULES[name], spec | setting, python)
 
 

@@ -23,9 +23,9 @@ def claim_stdout() -> Any:
     return pipe
 
 
-def peak_memory() -> float:
-    """The most memory this process has held, in MB: VmHWM, which unlike ru_maxrss forgets what came before exec."""
-    status = Path("/proc/self/status")
+def peak_memory(pid: int | str = "self") -> float:
+    """The most memory a process has held, in MB: VmHWM, which unlike ru_maxrss forgets what came before exec."""
+    status = Path(f"/proc/{pid}/status")
     if status.exists():
         for line in status.read_text().splitlines():
             if line.startswith("VmHWM"):
