@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -72,10 +73,12 @@ def same_model(before: Path, after: Path) -> None:
     assert one.chat_template == two.chat_template
 
 
-def greedy(folder: Path, prompt: list[int], new: int) -> list[int]:
-    """The plainest greedy decoding there is: the whole text through the model for every token."""
+def greedy(folder: Path, prompt: list[int], new: int, never: Sequence[int] = ()) -> list[int]:
+    """The plainest greedy decoding there is: the whole text through the model for every token, but those of `never`."""
     model, ids = load_model(folder), list(prompt)
     with torch.no_grad():
         for _ in range(new):
-            ids.append(int(model(torch.tensor([ids]))[0, -1].argmax()))
+            logits_V = model(torch.tensor([ids]))[0, -1]
+            logits_V[list(never)] = -torch.inf
+            ids.append(int(logits_V.argmax()))
     return ids[len(prompt) :]

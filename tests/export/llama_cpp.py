@@ -39,8 +39,8 @@ class LlamaCpp:
         with urllib.request.urlopen(request, timeout=120) as answer:
             return json.loads(answer.read())
 
-    def greedy(self, prompt: list[int], new: int) -> list[int]:
-        body = {"prompt": prompt, "n_predict": new, "temperature": 0, "ignore_eos": True, "return_tokens": True}
+    def greedy(self, prompt: list[int], new: int, ignore_eos: bool = False) -> list[int]:
+        body = {"prompt": prompt, "n_predict": new, "temperature": 0, "ignore_eos": ignore_eos, "return_tokens": True}
         return self.ask("/completion", {**body, "cache_prompt": False, "samplers": ["top_k"], "top_k": 1})["tokens"]
 
     def tokenize(self, text: str, special: bool = False) -> list[int]:
