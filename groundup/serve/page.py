@@ -90,9 +90,8 @@ class Conversation:
             stop.button(self.say("stop"), icon=":material/stop_circle:", key="stop", on_click=chat.stop)
         editing = bool(state.get("editing")) and not chat.running
         views: list[AnswerView] = []
-        for number, turn in enumerate(chat.turns):
-            last = turn is chat.turns[-1]
-            views = draw_turn(turn, number, self.say, editing=editing and last)
+        for number, turn in enumerate(chat.turns[:-1] if editing else chat.turns):
+            views = draw_turn(turn, number, self.say)
         if chat.running:
             self.watch(chat.turns[-1], views)
         elif editing:

@@ -182,7 +182,8 @@ class Turn:
         if not (self.pictures and sees):
             return {"role": "user", "content": self.text}
         parts: list[dict[str, Any]] = [{"type": "image_url", "image_url": {"url": p.url}} for p in self.pictures]
-        return {"role": "user", "content": [*parts, {"type": "text", "text": self.text}]}
+        text = [{"type": "text", "text": self.text}] if self.text else []
+        return {"role": "user", "content": parts + text}
 
     def answer(self, column: int) -> Answer | None:
         """A column's answer; a column that was not there then has heard the first one's."""

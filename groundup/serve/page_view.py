@@ -18,15 +18,14 @@ def as_markdown(text: str) -> str:
     return _PICTURE.sub(r"\1", text)
 
 
-def draw_turn(turn: Turn, number: int, say: Say, editing: bool = False) -> list[AnswerView]:
-    """Draw a turn; the views redraw its answers. editing: the question is being edited, and is drawn elsewhere."""
-    if not editing:
-        right = st.container(horizontal_alignment="right")
-        with right.container(key=f"said-{number}", width="content"):
-            for picture in turn.pictures:
-                st.image(picture.data, width=240)
-            if turn.text:
-                st.text(turn.text)
+def draw_turn(turn: Turn, number: int, say: Say) -> list[AnswerView]:
+    """Draw a turn; the views redraw its answers."""
+    right = st.container(horizontal_alignment="right")
+    with right.container(key=f"said-{number}", width="content"):
+        for picture in turn.pictures:
+            st.image(picture.data, width=240)
+        if turn.text:
+            st.text(turn.text)
     if len(turn.answers) == 1:
         return [AnswerView(turn.answers[0], say, f"{number}-0")]
     views = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import secrets
 import signal
 import socket
 import subprocess
@@ -48,9 +49,10 @@ def ui(
     before = signal.signal(signal.SIGTERM, _leave)
     try:
         if directory is not None:
-            url = _start_server(directory, adapters, children)
-        assert url is not None
-        address = _start_page(_base(url), host, port, children)
+            url, key = _start_server(directory, adapters, children)
+        else:
+            url, key = _base(url or ""), os.environ.get("OPENAI_API_KEY", "none")
+        address = _start_page(url, key, host, port, children)
         print(f"chat page: {address} (Ctrl-C stops it)", flush=True)
         _watch(children)
     except KeyboardInterrupt:
@@ -83,30 +85,22 @@ def _base(url: str) -> str:
     return url if urlsplit(url).path.strip("/") else url.rstrip("/") + "/v1"
 
 
-def _start_server(directory: str | Path, adapters: Sequence[str], children: list[subprocess.Popen[bytes]]) -> str:
-    """`groundup serve` on a free port; returns its base URL once it is healthy."""
+def _start_server(
+    directory: str | Path, adapters: Sequence[str], children: list[subprocess.Popen[bytes]]
+) -> tuple[str, str]:
+    """`groundup serve` on a free port; returns its base URL and its key once it is healthy."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [
-        sys.executable,
-        "-m",
-        "groundup.cli",
-        "serve",
-        str(directory),
-        "--host",
-        "127.0.0.1",
-        "--port",
-        str(port),
-    ]
-    for adapter in adapters:
-        command += ["--adapter", adapter]
-    _start(command, dict(os.environ), children)
+    key = secrets.token_urlsafe(24)  # it answers this page only, not the other users of the machine
+    command = [sys.executable, "-m", "groundup.cli", "serve", str(directory), "--host=127.0.0.1", f"--port={port}"]
+    command += [f"--adapter={adapter}" for adapter in adapters]
+    _start(command, os.environ | {"GROUNDUP_API_KEY": key}, children)
     _wait(f"http://127.0.0.1:{port}/health", children)
-    return f"http://127.0.0.1:{port}/v1"
+    return f"http://127.0.0.1:{port}/v1", key
 
 
-def _start_page(url: str, host: str, port: int, children: list[subprocess.Popen[bytes]]) -> str:
+def _start_page(url: str, key: str, host: str, port: int, children: list[subprocess.Popen[bytes]]) -> str:
     """Streamlit on the page; returns its address once it answers."""
     options = {
         "server.address": host,
@@ -122,7 +116,7 @@ def _start_page(url: str, host: str, port: int, children: list[subprocess.Popen[
     command += [f"--{name}={value}" for name, value in options.items()]
     # A proxy meant for the internet would swallow the calls to a server on this machine.
     direct = ",".join(filter(None, ["127.0.0.1,localhost", os.environ.get("NO_PROXY") or os.environ.get("no_proxy")]))
-    environment = os.environ | {"GROUNDUP_UI_URL": url, "NO_PROXY": direct, "no_proxy": direct}
+    environment = os.environ | {"GROUNDUP_UI_URL": url, "OPENAI_API_KEY": key, "NO_PROXY": direct, "no_proxy": direct}
     _start(command, environment, children, quiet=True)
     name = f"[{host}]" if ":" in host else host
     address = f"http://{name}:{port}"

@@ -43,9 +43,7 @@ class PageServer:
     def __init__(self) -> None:
         self.requests: list[dict[str, Any]] = []
         self.holding, self.aborted, self.gate = threading.Event(), threading.Event(), threading.Event()
-        self.scripts: dict[
-            str, dict[str, str]
-        ] = {}  # question -> {"reasoning", "content", "call"}, instead of the rules
+        self.scripts: dict[str, dict[str, str]] = {}  # "question" or "model: question" -> parts
         self.pace = 0.0  # seconds a word, for pictures with figures that look alive
         self._socket = socket.socket()
         self._socket.bind(("127.0.0.1", 0))
@@ -53,7 +51,9 @@ class PageServer:
         app = FastAPI()
         app.get("/v1/models")(self._models)
         app.post("/v1/chat/completions")(self._chat)
-        self._server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="off"))
+        self._server = uvicorn.Server(
+            uvicorn.Config(app, log_config=None, log_level="critical", access_log=False, lifespan="off")
+        )
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), daemon=True)
         self._thread.start()
 
@@ -90,7 +90,7 @@ class PageServer:
             return _sse({**head, "choices": [choice]})
 
         yield chunk({"role": "assistant", "content": ""})
-        script = self.scripts.get(text) or _script(model, text)
+        script = self.scripts.get(f"{model}: {text}") or self.scripts.get(text) or _script(model, text)
         words = 0
         for kind, said in script.items():
             if kind == "content" and "slow" in text:

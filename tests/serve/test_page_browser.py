@@ -164,8 +164,8 @@ def test_pictures_only_for_a_model_that_sees(open_page: Callable[..., Any], serv
     assert sent[0]["image_url"]["url"].startswith("data:image/png;base64,iVBOR")
 
 
-@pytest.mark.parametrize("width", [360, 1280])
-def test_nothing_runs_over_the_edge(open_page: Callable[..., Any], server: PageServer, width: int) -> None:
+def test_nothing_runs_over_the_edge_of_a_phone(open_page: Callable[..., Any]) -> None:
+    width = 360
     page = open_page(width=width)
     say(page, "tool " + "x" * 200)
     expect(page.get_by_text("get_weather")).to_be_visible()
@@ -192,10 +192,14 @@ CHINESE: dict[str, dict[str, str]] = {
 }
 COMPARED: dict[str, dict[str, str]] = {
     "Will it rain in Shanghai?": {"call": TOOL_ARGUMENTS},
-    "Say hello to the harbour.": {"content": "Hello, harbour! The boats are *in*, and the lamp is lit."},
+    "Say hello to the harbour.": {"content": "Hello, harbour! The boats are in, and the lamp is lit."},
+    "poet: Say hello to the harbour.": {
+        "content": "*Harbour, hello!*  \nThe tide is low,  \nthe lamps are lit,  \nthe gulls all know."
+    },
 }
 
 
+@pytest.mark.slow
 def test_screenshots(open_page: Callable[..., Any], server: PageServer, tmp_path: Path) -> None:
     """The pictures of the documentation; without GROUNDUP_SCREENSHOTS they show only that they can be drawn."""
     wanted = os.environ.get("GROUNDUP_SCREENSHOTS")
@@ -216,10 +220,11 @@ def test_screenshots(open_page: Callable[..., Any], server: PageServer, tmp_path
     page = open_page()
     page.get_by_test_id("stSidebar").get_by_role("radio", name="2").click()
     choose(page, "Model 2", "poet")
-    talk(page, COMPARED, "side-by-side")
+    talk(page, list(COMPARED)[:2], "side-by-side")
     talk(open_page(width=390, height=700), ENGLISH, "phone")
 
 
+@pytest.mark.slow
 def test_a_model_of_ours_end_to_end(open_page: Callable[..., Any], folder: Path) -> None:
     """`ui` starts the server on a folder; the page names the model, streams its answer and stops with the server."""
     command = Command(folder)
