@@ -15,11 +15,13 @@ class TextStream:
     """Feed ids, get text that is final.
 
     Held back: bytes of an unfinished UTF-8 character, and text that may turn out to begin a stop string. The pieces,
-    with `flush()`, join to the text of the whole up to the first stop string. `stopped` is set when one was found.
+    with `flush()`, join to the text of the whole up to the first stop string. `stopped` is set when one was found,
+    `stopped_by` says which.
     """
 
     def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()) -> None:
         self.stop, self.stopped = tuple(stop), False
+        self.stopped_by: str | None = None
         self._decoder, self._held = StreamDecoder(tokenizer), ""
 
     def add(self, token: int) -> str:
@@ -35,10 +37,11 @@ class TextStream:
 
     def _release(self, text: str) -> str:
         text, self._held = self._held + text, ""
-        found = [at for at in (text.find(s) for s in self.stop) if at >= 0]
+        found = [(at, s) for s in self.stop if (at := text.find(s)) >= 0]
         if found:
+            at, self.stopped_by = min(found)
             self.stopped = True
-            return text[: min(found)]
+            return text[:at]
         keep = max((partial_suffix(text, s) for s in self.stop), default=0)
         if keep:
             text, self._held = text[:-keep], text[-keep:]

@@ -38,6 +38,7 @@ class Attention(nn.Module):
             q_BTHd, k_BTKd = self.q_norm(q_BTHd), self.k_norm(k_BTKd)
         q_BTHd, k_BTKd = apply_rope(q_BTHd, *rows.rope), apply_rope(k_BTKd, *rows.rope)
         if rows.cache is not None:
-            k_BTKd, v_BTKd = rows.cache.append(self.layer, k_BTKd, v_BTKd)
-        out_BTHd = attention(q_BTHd, k_BTKd, v_BTKd, rows.mask)
+            out_BTHd = rows.cache.attend(self.layer, q_BTHd, k_BTKd, v_BTKd, rows.mask)
+        else:
+            out_BTHd = attention(q_BTHd, k_BTKd, v_BTKd, rows.mask)
         return self.o_proj(out_BTHd.reshape(*x_BTD.shape[:2], -1))

@@ -7,10 +7,28 @@ and is overwritten by the next tokens.
 
 from __future__ import annotations
 
+from typing import Any, Protocol
+
 import torch
 
 from groundup.errors import UserError
 from groundup.model.config import ModelConfig
+from groundup.ops.attention import attention
+
+
+class Cache(Protocol):
+    """What the model asks of a memory: KVCache below, and infer/paged.py's for many requests at once."""
+
+    def start(self, new_tokens: int) -> tuple[torch.Tensor, Any]:
+        """(position_ids_BT, mask) of `new_tokens` more in each row."""
+
+    def attend(
+        self, layer: int, q_BTHd: torch.Tensor, k_BTKd: torch.Tensor, v_BTKd: torch.Tensor, mask: Any
+    ) -> torch.Tensor:
+        """Remember a layer's new keys and values, and answer its queries over all so far: [B, T, H, d]."""
+
+    def advance(self, new_tokens: int) -> None:
+        """Count `new_tokens` as held, once every layer has them (the model calls this)."""
 
 
 class KVCache:
@@ -60,8 +78,12 @@ class KVCache:
                     buffer[row, length : length + new] = fresh[row]
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
+    def attend(
+        self, layer: int, q_BTHd: torch.Tensor, k_BTKd: torch.Tensor, v_BTKd: torch.Tensor, mask: Any
+    ) -> torch.Tensor:
+        return attention(q_BTHd, *self.append(layer, k_BTKd, v_BTKd), mask)
+
     def advance(self, new_tokens: int) -> None:
-        """Count `new_tokens` as held, once every layer has them (the model calls this)."""
         self.lengths = [length + new_tokens for length in self.lengths]
 
     def truncate(self, lengths: list[int]) -> None:

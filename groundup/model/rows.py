@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from groundup.model.cache import KVCache
+from groundup.model.cache import Cache
 
 
 @dataclass(frozen=True)
@@ -21,5 +21,5 @@ class Rows:
 
     rope: tuple[torch.Tensor, torch.Tensor]
     mask: Any = None
-    cache: KVCache | None = None
+    cache: Cache | None = None
     fast: Callable[..., torch.Tensor] | None = None

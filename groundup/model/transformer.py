@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from groundup.model.block import Block
-from groundup.model.cache import KVCache
+from groundup.model.cache import Cache
 from groundup.model.config import ModelConfig
 from groundup.model.fast import FastRows, can_be_fast
 from groundup.model.norm import RMSNorm
@@ -53,7 +53,7 @@ class Transformer(nn.Module):
         input_ids_BT: torch.Tensor,
         position_ids_BT: torch.Tensor | None = None,
         doc_ids_BT: torch.Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """Hidden states after the last norm, [B, T, D]: feed them with `head_weight` to linear_cross_entropy.
 
@@ -73,7 +73,7 @@ class Transformer(nn.Module):
         input_ids_BT: torch.Tensor,
         position_ids_BT: torch.Tensor | None = None,
         doc_ids_BT: torch.Tensor | None = None,
-        cache: KVCache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """Logits [B, T, V]. Arguments as `hidden`."""
         return F.linear(self.hidden(input_ids_BT, position_ids_BT, doc_ids_BT, cache), self.head_weight)
@@ -109,7 +109,7 @@ class Transformer(nn.Module):
         input_ids_BT: torch.Tensor,
         position_ids_BT: torch.Tensor | None,
         doc_ids_BT: torch.Tensor | None,
-        cache: KVCache | None,
+        cache: Cache | None,
     ) -> Rows:
         device, (rows, length) = input_ids_BT.device, input_ids_BT.shape
         if cache is not None:

@@ -7,7 +7,6 @@ Every function has a plain torch twin that is used where there is no compiler, a
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import hashlib
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).parent / "csrc"
-FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-shared", "-fPIC", "-std=gnu11")
+FLAGS = ("-O3", "-march=native", "-ffast-math", "-fopenmp", "-fPIC", "-std=gnu11")
 
 
 @functools.cache
@@ -56,17 +55,19 @@ def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
 
 
 def _compile(compiler: str, source: Path, library: Path) -> None:
-    """Compile beside the target and rename: two processes that start together do not meet a half-written library."""
+    """Compile beside the target and rename: two processes that start together do not meet a half-written library.
+
+    Linked by a step of its own without -ffast-math, which would switch off denormal numbers in the whole process.
+    """
     library.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=library.parent, suffix=".so")
-    os.close(handle)
-    try:
-        command = [compiler, *FLAGS, str(source), "-o", temporary, "-lm"]
-        subprocess.run(command, check=True, capture_output=True, text=True)
-        Path(temporary).replace(library)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            Path(temporary).unlink()
+    with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+        unit, linked = Path(folder) / "unit.o", Path(folder) / "linked.so"
+        for command in (
+            [*FLAGS, "-c", str(source), "-o", str(unit)],
+            ["-shared", "-fopenmp", str(unit), "-o", str(linked), "-lm"],
+        ):
+            subprocess.run([compiler, *command], check=True, capture_output=True, text=True)
+        linked.replace(library)
 
 
 def _cache() -> Path:

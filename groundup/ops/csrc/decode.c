@@ -5,15 +5,32 @@
 #include <stdint.h>
 #include <string.h>
 
-typedef float vec __attribute__((vector_size(64), aligned(4)));  // 16 numbers; two registers where 8 fit
+#ifdef __AVX512F__
 enum { W = 16 };
+#else
+enum { W = 8 };
+#endif
+typedef float vec __attribute__((vector_size(W * sizeof(float))));  // a register of numbers
+typedef float unaligned_vec __attribute__((vector_size(W * sizeof(float)), aligned(4), may_alias));
 
-static inline vec load(const float *p) { vec v; memcpy(&v, p, sizeof v); return v; }
-static inline float total(vec v) {
-  float s[W], t = 0;
-  memcpy(s, &v, sizeof v);
-  for (int i = 0; i < W; i++) t += s[i];
-  return t;
+static inline vec load(const float *p) { return *(const unaligned_vec *)p; }
+typedef float four __attribute__((vector_size(16)));
+typedef int four_ints __attribute__((vector_size(16)));
+#ifdef __clang__
+#define PICK(a, b, i, j, k, l) __builtin_shufflevector(a, b, i, j, k, l)
+#else
+#define PICK(a, b, i, j, k, l) __builtin_shuffle(a, b, (four_ints){i, j, k, l})
+#endif
+
+static inline four quarter(vec v) {  // the register folded to 4 sums
+  four part[W / 4];
+  memcpy(part, &v, sizeof v);
+  return W == 16 ? (part[0] + part[2]) + (part[1] + part[3]) : part[0] + part[1];
+}
+static inline four totals(vec a, vec b, vec c, vec d) {
+  four p = quarter(a), q = quarter(b), r = quarter(c), s = quarter(d);
+  four u = PICK(p, q, 0, 4, 1, 5) + PICK(p, q, 2, 6, 3, 7), v = PICK(r, s, 0, 4, 1, 5) + PICK(r, s, 2, 6, 3, 7);
+  return PICK(u, v, 0, 1, 4, 5) + PICK(u, v, 2, 3, 6, 7);
 }
 static inline float rstd_of(const float *x, int d, float eps) {
   float s = 0;
@@ -86,7 +103,7 @@ void paged_attention(const float *q, const float *keys, const float *values, con
       int length = lengths[row];
       for (int h = kv * group; h < (kv + 1) * group; h++) {
         const float *query = q + ((int64_t)row * heads + h) * d;
-        float sum[256] = {0}, top = -INFINITY, weight_sum = 0, p[64];
+        float sum[256] = {0}, top = -1e30f, weight_sum = 0, p[64];
         for (int start = 0, b = 0; start < length; start += size, b++) {  // online softmax, a block at a time
           int tokens = length - start < size ? length - start : size;
           const float *k = keys + ((int64_t)table[b] * kv_heads + kv) * size * d;
@@ -114,51 +131,69 @@ void paged_attention(const float *q, const float *keys, const float *values, con
     }
 }
 
-// A tile of R rows of x times 4 rows of w, each an inner product over `in`.
-#define TILE(R)                                                                                        \
-  static inline void tile##R(const float *x, const float *w, float *out, int in, int out_stride, int e4) { \
-    vec a[R][4] = {{{0}}};                                                                             \
-    int i = 0;                                                                                         \
-    for (; i + W <= in; i += W) {                                                                      \
-      vec w0 = load(w + i), w1 = load(w + in + i), w2 = load(w + 2 * (int64_t)in + i),                 \
-          w3 = load(w + 3 * (int64_t)in + i);                                                          \
-      for (int r = 0; r < R; r++) {                                                                    \
-        vec xr = load(x + (int64_t)r * in + i);                                                        \
-        a[r][0] += xr * w0, a[r][1] += xr * w1, a[r][2] += xr * w2, a[r][3] += xr * w3;                \
-      }                                                                                                \
-    }                                                                                                  \
-    for (int r = 0; r < R; r++)                                                                        \
-      for (int e = 0; e < 4; e++) {                                                                    \
-        float s = total(a[r][e]);                                                                      \
-        for (int j = i; j < in; j++) s += x[(int64_t)r * in + j] * w[(int64_t)e * in + j];             \
-        out[(int64_t)r * out_stride + e4 + e] = s;                                                     \
-      }                                                                                                \
+// R rows of x times 4 rows of w: 4 R sums in registers, w read once for all R.
+#define TILE(R)                                                                                                \
+  static inline void tile##R(const float *x, const float *w, float *out, int in, int64_t stride) {             \
+    const float *w1 = w + in, *w2 = w1 + in, *w3 = w2 + in;                                                    \
+    vec a0[R] = {{0}}, a1[R] = {{0}}, a2[R] = {{0}}, a3[R] = {{0}};                                            \
+    int i = 0;                                                                                                 \
+    for (; i + W <= in; i += W) {                                                                              \
+      vec b0 = load(w + i), b1 = load(w1 + i), b2 = load(w2 + i), b3 = load(w3 + i);                           \
+      _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {                                                    \
+        vec xr = load(x + (int64_t)r * in + i);                                                                \
+        a0[r] += xr * b0, a1[r] += xr * b1, a2[r] += xr * b2, a3[r] += xr * b3;                                \
+      }                                                                                                        \
+    }                                                                                                          \
+    _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {                                                      \
+      four s = totals(a0[r], a1[r], a2[r], a3[r]);                                                             \
+      for (int j = i; j < in; j++)                                                                             \
+        for (int e = 0; e < 4; e++) s[e] += x[(int64_t)r * in + j] * w[(int64_t)e * in + j];                   \
+      memcpy(out + r * stride, &s, sizeof s);                                                                  \
+    }                                                                                                          \
   }
 TILE(1)
-TILE(2)
+#ifdef __AVX512F__
 TILE(4)
+enum { R_MOST = 4 };
+#define full tile4
+#else
+TILE(2)
+enum { R_MOST = 2 };
+#define full tile2
+#endif
 
-// out [n, e] = x [n, in] @ w^T + bias (or NULL), w [e, in]: for few rows, where reading w once is all that costs.
-void linear(const float *x, const float *w, const float *bias, float *out, int n, int in, int e) {
-  int tiles = e / 4;
-#pragma omp parallel for schedule(static) if ((int64_t)e * in > 65536)
-  for (int t = 0; t < tiles + 1; t++) {
-    if (t == tiles) {  // the last e % 4
-      for (int j = tiles * 4; j < e; j++)
-        for (int r = 0; r < n; r++) {
-          float s = 0;
-          for (int i = 0; i < in; i++) s += x[(int64_t)r * in + i] * w[(int64_t)j * in + i];
-          out[(int64_t)r * e + j] = s + (bias ? bias[j] : 0);
-        }
-      continue;
+// The last columns, those that are not four.
+static void edge(const float *x, const float *w, float *out, int top, int end, int in, int e, int at) {
+  for (int r = top; r < end; r++)
+    for (int j = at; j < e; j++) {
+      const float *a = x + (int64_t)r * in, *b = w + (int64_t)j * in;
+      float s = 0;
+      for (int i = 0; i < in; i++) s += a[i] * b[i];
+      out[(int64_t)r * e + j] = s;
     }
-    const float *rows = w + (int64_t)t * 4 * in;
-    int r = 0;
-    for (; r + 4 <= n; r += 4) tile4(x + (int64_t)r * in, rows, out + (int64_t)r * e, in, e, t * 4);
-    for (; r + 2 <= n; r += 2) tile2(x + (int64_t)r * in, rows, out + (int64_t)r * e, in, e, t * 4);
-    for (; r < n; r++) tile1(x + (int64_t)r * in, rows, out + (int64_t)r * e, in, e, t * 4);
+}
+
+// out [n, e] = x [n, in] @ w^T + bias (or NULL), w [e, in]. w goes by in pieces that a core's second cache holds, x in
+// pieces for its first; every sum is made in the same order, however many rows there are.
+enum { PIECE = 32, BAND = 16 };
+void linear(const float *x, const float *w, const float *bias, float *out, int n, int in, int e) {
+  int tiles = (e + 3) / 4;
+#pragma omp parallel for schedule(static) if ((int64_t)e * in > 65536)
+  for (int first = 0; first < tiles; first += PIECE) {
+    int last = first + PIECE < tiles ? first + PIECE : tiles;
+    for (int top = 0; top < n; top += BAND)
+      for (int t = first; t < last; t++) {
+        int r = top, end = top + BAND < n ? top + BAND : n;
+        const float *b = w + (int64_t)t * 4 * in;
+        if (t * 4 + 4 > e) {
+          edge(x, w, out, top, end, in, e, t * 4);
+          continue;
+        }
+        for (; r + R_MOST <= end; r += R_MOST) full(x + (int64_t)r * in, b, out + (int64_t)r * e + t * 4, in, e);
+        for (; r < end; r++) tile1(x + (int64_t)r * in, b, out + (int64_t)r * e + t * 4, in, e);
+      }
     if (bias)
-      for (int k = 0; k < n; k++)
-        for (int j = t * 4; j < t * 4 + 4; j++) out[(int64_t)k * e + j] += bias[j];
+      for (int r = 0; r < n; r++)
+        for (int j = first * 4; j < last * 4 && j < e; j++) out[(int64_t)r * e + j] += bias[j];
   }
 }

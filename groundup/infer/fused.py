@@ -1,0 +1,130 @@
+"""The block of model/block.py for answering: matrices joined, and what lies between them in C, fp32 on a CPU.
+
+A step for a few sequences reads every weight once and does little else, so the calls between the products are what can
+be saved: q, k and v are one product, gate and up another, and norm, RoPE, cache and attention are four calls into
+csrc/decode.c. Joining costs no memory: the model's parameters become views of the joined matrices.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import nn
+
+from groundup.infer.linear import make_linear
+from groundup.infer.paged import PagedRows
+from groundup.model.attention import Attention
+from groundup.model.block import Block
+from groundup.model.ffn import FeedForward
+from groundup.model.norm import RMSNorm
+from groundup.model.rope import rope_frequencies, rope_table
+from groundup.model.transformer import Transformer
+from groundup.ops.linear import linear
+from groundup.ops.native import native, pointer
+
+Rope = tuple[torch.Tensor, torch.Tensor]  # cos and sin, [N, d / 2]
+Linear = Callable[[torch.Tensor], torch.Tensor]
+
+
+def fuse(model: Transformer, scheme: str | None) -> FusedModel | None:
+    """The model for answering; None where this machine or model needs the plain blocks.
+
+    scheme: how the matrices are quantised (linear.py); None: as they are.
+    """
+    weight, library = model.head_weight, native("decode")
+    plain = all(type(part) in _KNOWN for block in model.blocks for part in block.modules())
+    if library is None or weight.device.type != "cpu" or weight.dtype != torch.float32 or not plain:
+        return None
+    return FusedModel(model, scheme, library) if model.config.head_dim <= LARGEST_HEAD else None
+
+
+_KNOWN = (Block, Attention, FeedForward, RMSNorm, nn.Linear)
+LARGEST_HEAD = 256  # csrc/decode.c keeps a head's sums on the stack
+
+
+class FusedModel:
+    def __init__(self, model: Transformer, scheme: str | None, library: ctypes.CDLL) -> None:
+        self.embed, self.norm, self.library = model.model.embed_tokens, model.model.norm, library
+        self.rope = functools.partial(rope_table, *rope_frequencies(model.config))
+        with torch.no_grad():
+            self.blocks = [FusedBlock(block, scheme, library) for block in model.blocks]
+
+    def hidden(self, ids_N: torch.Tensor, rows: PagedRows) -> torch.Tensor:
+        """Hidden states after the last norm, [N, D]; keys and values go into the cache."""
+        x_ND, rope = self.embed(ids_N), self.rope(rows.positions_N)
+        for block in self.blocks:
+            x_ND = block(x_ND, rope, rows)
+        return add_norm(self.library, x_ND, None, self.norm.weight, ctypes.c_float(self.norm.eps))
+
+
+def add_norm(
+    library: ctypes.CDLL, x_ND: torch.Tensor, delta_ND: torch.Tensor | None, weight_D: torch.Tensor, eps: ctypes.c_float
+) -> torch.Tensor:
+    """x += delta, in place; the normalised x."""
+    out_ND = torch.empty_like(x_ND)
+    library.add_rms_norm(*map(pointer, (x_ND, delta_ND, weight_D, out_ND)), *x_ND.shape, eps)
+    return out_ND
+
+
+def product(weight_ED: torch.Tensor, bias_E: torch.Tensor | None, scheme: str | None) -> Linear:
+    """x @ weight^T + bias, quantised or not; a row's result does not depend on the others."""
+    if scheme is None:
+        return functools.partial(linear, weight_ED=weight_ED, bias_E=bias_E)
+    return make_linear(weight_ED, bias_E, scheme)
+
+
+class FusedBlock:
+    def __init__(self, block: Block, scheme: str | None, library: ctypes.CDLL) -> None:
+        attention, mlp = block.self_attn, block.mlp
+        self.library, self.layer, self.dim = library, attention.layer, attention.head_dim
+        self.eps = ctypes.c_float(block.input_layernorm.eps)
+        self.norms = (block.input_layernorm.weight, block.post_attention_layernorm.weight)
+        self.qk_norms = (attention.q_norm.weight, attention.k_norm.weight) if attention.qk_norm else (None, None)
+        self.qkv = product(*joined([attention.q_proj, attention.k_proj, attention.v_proj]), scheme)
+        self.o = product(attention.o_proj.weight, attention.o_proj.bias, scheme)
+        self.gate_up = product(*joined([mlp.gate_proj, mlp.up_proj]), scheme)
+        self.down = product(mlp.down_proj.weight, mlp.down_proj.bias, scheme)
+
+    def __call__(self, x_ND: torch.Tensor, rope: Rope, rows: PagedRows) -> torch.Tensor:
+        hidden_ND = add_norm(self.library, x_ND, None, self.norms[0], self.eps)
+        out_NHd = self._attention(self.qkv(hidden_ND), rope, rows)
+        hidden_ND = add_norm(self.library, x_ND, self.o(out_NHd.flatten(1)), self.norms[1], self.eps)
+        return x_ND.add_(self.down(self._swiglu(self.gate_up(hidden_ND))))
+
+    def _attention(self, qkv_NE: torch.Tensor, rope: Rope, rows: PagedRows) -> torch.Tensor:
+        keys, values = rows.cache.keys[self.layer], rows.cache.values[self.layer]
+        kv_heads, n = keys.shape[1], len(qkv_NE)
+        heads = qkv_NE.shape[1] // self.dim - 2 * kv_heads
+        q_NHd = qkv_NE.new_empty(n, heads, self.dim)
+        before, after = map(pointer, (qkv_NE, *self.qk_norms)), map(pointer, (*rope, rows.slots_N, q_NHd, keys, values))
+        self.library.split_turn_store(*before, self.eps, *after, n, heads, kv_heads, self.dim, rows.cache.block_size)
+        return rows.answer(self.layer, q_NHd)
+
+    def _swiglu(self, gate_up_N2F: torch.Tensor) -> torch.Tensor:
+        n, wide = len(gate_up_N2F), gate_up_N2F.shape[1] // 2
+        out_NF = gate_up_N2F.new_empty(n, wide)
+        self.library.silu_mul(pointer(gate_up_N2F), pointer(out_NF), n, wide)
+        return out_NF
+
+
+def joined(layers: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """One matrix (and bias) of several, whose parameters become views of it; joined once, however often asked."""
+    return _join([layer.weight for layer in layers]), (
+        None if layers[0].bias is None else _join([layer.bias for layer in layers])
+    )
+
+
+def _join(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    first, rows = parameters[0].data, sum(len(p) for p in parameters)
+    ends = [p.data.data_ptr() + p.numel() * p.itemsize for p in parameters]
+    if all(p.data.data_ptr() == end for p, end in zip(parameters[1:], ends[:-1], strict=True)) and all(
+        p.data.untyped_storage().data_ptr() == first.untyped_storage().data_ptr() for p in parameters
+    ):
+        return first.as_strided((rows, *first.shape[1:]), first.stride())
+    whole = torch.cat([p.data for p in parameters])
+    for parameter, part in zip(parameters, whole.split([len(p) for p in parameters]), strict=True):
+        parameter.data = part
+    return whole
