@@ -98,11 +98,13 @@ class SamplingState:
         params, device = self.params, logits_V.device
         logits_V = logits_V.float()
         if self._seen_V is not None:
-            seen_V = torch.from_numpy(self._seen_V).to(device)
-            logits_V = repetition_penalty(logits_V, seen_V, params.repetition_penalty)
+            ids_K = torch.from_numpy(np.flatnonzero(self._seen_V)).to(device)
+            logits_V = logits_V.index_copy(0, ids_K, repetition_penalty(logits_V[ids_K], params.repetition_penalty))
         if self._counts_V is not None:
-            counts_V = torch.from_numpy(self._counts_V).to(device)
-            logits_V = count_penalties(logits_V, counts_V, params.frequency_penalty, params.presence_penalty)
+            said = np.flatnonzero(self._counts_V)
+            counts_K = torch.from_numpy(self._counts_V[said])
+            less_K = count_penalties(counts_K, params.frequency_penalty, params.presence_penalty)
+            logits_V = logits_V.index_add(0, torch.from_numpy(said).to(device), -less_K.to(device))
         if len(self._bias):
             logits_V = logits_V.index_add(0, self._bias_ids.to(device), self._bias.to(device))
         if self._matcher is not None:
@@ -119,8 +121,10 @@ def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> tuple[list[int
     Returns ids (B), NO_TOKEN where logits are nan or infinite, which only that row's request suffers from; and
     logprobs (B), None for a row that did not ask for them.
     """
-    best_B = logits_BV.argmax(-1)  # finds a nan, too
-    finite = logits_BV.gather(-1, best_B[:, None]).squeeze(-1).isfinite().tolist()
+    largest_B, best_B = logits_BV.max(
+        -1
+    )  # three times as fast as argmax, the first of equals, and a nan if there is one
+    finite = largest_B.isfinite().tolist()
     for row, state in enumerate(states):
         if finite[row] and not state.plain:
             best_B[row] = _choose(logits_BV[row], state)
@@ -138,7 +142,7 @@ def probabilities(logits_BV: Tensor, states: Sequence[SamplingState]) -> Tensor:
     for probs_V, logits_V, state in zip(probs_BV, logits_BV, states, strict=True):
         scores_V = state.scores(logits_V)
         if state.params.greedy:
-            probs_V[scores_V.argmax()] = 1
+            probs_V[scores_V.max(-1).indices] = 1
         else:
             ids_K, probs_K = kept(scores_V, state.params)
             probs_V[ids_K] = probs_K
@@ -153,21 +157,20 @@ def token_logprob(logits_V: Tensor, token: int, top: int = 0) -> TokenLogprob:
     return TokenLogprob(token, logprobs_V[token].item(), tuple(pairs))
 
 
-def repetition_penalty(logits_V: Tensor, seen_V: Tensor, penalty: float) -> Tensor:
-    """Divide the positive logits of seen tokens by the penalty and multiply the negative ones.
+def repetition_penalty(logits_K: Tensor, penalty: float) -> Tensor:
+    """The logits of seen tokens: positive ones are divided by the penalty, negative ones multiplied.
 
     Keskar et al. 2019, CTRL (arXiv 1909.05858), section 4.1, in the form that holds for logits of either sign.
     """
-    pushed_V = torch.where(logits_V > 0, logits_V / penalty, logits_V * penalty)
-    return torch.where(seen_V, pushed_V, logits_V)
+    return torch.where(logits_K > 0, logits_K / penalty, logits_K * penalty)
 
 
-def count_penalties(logits_V: Tensor, counts_V: Tensor, frequency: float, presence: float) -> Tensor:
-    """logit[j] - counts[j] * frequency - (counts[j] > 0) * presence, where counts[j] says how often the answer has j.
+def count_penalties(counts_K: Tensor, frequency: float, presence: float) -> Tensor:
+    """What is taken off the logits of tokens that the answer has counts_K times: c * frequency + (c > 0) * presence.
 
     OpenAI's API reference, "Frequency and presence penalties".
     """
-    return logits_V - counts_V * frequency - (counts_V > 0) * presence
+    return counts_K * frequency + (counts_K > 0) * presence
 
 
 def kept(scores_V: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
@@ -196,7 +199,7 @@ def nucleus_floor(probs_K: Tensor, top_p: float) -> Tensor:
     hold more than top_p; half of that bound leaves room for rounding.
     """
     candidates = probs_K[probs_K >= (1 - top_p) / (2 * len(probs_K))]
-    falling = candidates.sort(descending=True).values
+    falling = _falling(candidates)
     before = falling.cumsum(0, dtype=torch.float64) - falling
     return falling[(before < top_p).sum() - 1]
 
@@ -205,12 +208,18 @@ def _choose(logits_V: Tensor, state: SamplingState) -> Tensor:
     """The row's token id, a tensor of no dimensions: the GPU is waited for once a batch."""
     scores_V = state.scores(logits_V)
     if state.params.greedy:
-        return scores_V.argmax()
+        return scores_V.max(-1).indices
     ids_K, probs_K = kept(scores_V, state.params)
     # Inverse CDF: the first place whose cumulative probability exceeds u, so a probability of 0 is never chosen. The
     # product is below the sum for every u < 1, in rounded arithmetic too.
     cumulative_K = probs_K.cumsum(0, dtype=torch.float64)
     return ids_K[torch.searchsorted(cumulative_K, state.draw() * cumulative_K[-1], right=True)]
+
+
+def _falling(values_K: Tensor) -> Tensor:
+    if values_K.is_cuda:
+        return values_K.sort(descending=True).values
+    return torch.from_numpy(np.sort(values_K.numpy())).flip(0)  # 0.1 ms where torch's sort takes 3, at 49,152
 
 
 def _only(keep_K: Tensor, logits_K: Tensor, ids_K: Tensor) -> tuple[Tensor, Tensor]:

@@ -185,6 +185,13 @@ def test_control_tokens_are_no_text(compiler: GrammarCompiler, tokenizer: Tokeni
     walk(compiler, Grammar("json_object"), tokenizer.encode('{"a": "<|im_end|> 小猫 \\" \U0001f600 </think>"}'))
 
 
+def test_no_half_characters(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
+    """A lone surrogate can be written as JSON, but not be sent on as UTF-8."""
+    walk(compiler, Grammar("json_object"), tokenizer.encode(r'{"a": "\n \u0001"}'))
+    with pytest.raises(AssertionError):
+        walk(compiler, Grammar("json_object"), tokenizer.encode(r'{"a": "\ud800"}'))
+
+
 def test_white_space_cannot_run_away(compiler: GrammarCompiler, tokenizer: Tokenizer) -> None:
     """JSON in the usual layouts may be written; white space without end may not."""
     value = {"a": [1, {"b": None}], "c": "x"}
