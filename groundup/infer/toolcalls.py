@@ -16,10 +16,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from groundup.errors import UserError
-from groundup.infer.grammar import JSON_OPTIONS, Grammar
+from groundup.infer.params import Grammar
 from groundup.infer.text import partial_suffix
 
 OPEN, CLOSE = "<tool_call>", "</tool_call>"
+# Forced arguments stand on one line, as the template writes them (llguidance's options for a JSON schema).
+ONE_LINE = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}
 
 
 @dataclass(frozen=True)
@@ -322,4 +324,4 @@ def _function(tool: dict[str, Any], where: str) -> tuple[str, dict[str, Any]]:
         schema = {"properties": {}, "additionalProperties": False}
     if not isinstance(schema, dict) or schema.get("type", "object") != "object":
         raise UserError(f"{where}.function.parameters", "are not the JSON schema of an object", 'use "type": "object"')
-    return name, {"x-guidance": JSON_OPTIONS, **schema, "type": "object"}
+    return name, {"x-guidance": ONE_LINE, **schema, "type": "object"}

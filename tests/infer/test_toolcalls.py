@@ -227,6 +227,9 @@ def test_required_calls_of_random_weights(tokenizer: Tokenizer, foreign: Tokeniz
         answers = [random_answer(own, tool_grammar(TOOLS, "required"), seed) for seed in range(12)]
         parsed = [parse_tool_calls(answer) for answer in answers]
         assert all(content == "" and calls and all(map(fits, calls)) for content, calls in parsed), answers
+        assert all(
+            len(answer.split("\n")) == 3 * len(calls) for answer, (_, calls) in zip(answers, parsed, strict=True)
+        )
         assert {call.name for _, calls in parsed for call in calls} == {"get_weather", "now", 'odd "名"'}
         assert max(len(calls) for _, calls in parsed) > 1
         assert all(
