@@ -13,7 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from groundup.infer.worker import Aborted, EngineFailed, Handle, RequestTimeout
+from groundup.infer.worker import Aborted, Draining, EngineFailed, Handle, RequestTimeout
 from groundup.serve.api_errors import as_api_error, json_response
 from groundup.serve.api_metrics import Clock
 
@@ -119,7 +119,7 @@ async def _events(handle: Handle, first: Delta, view: View, clock: Clock, includ
     except Aborted:
         return
     except Exception as error:
-        if not isinstance(error, (EngineFailed, RequestTimeout)):
+        if not isinstance(error, (Draining, EngineFailed, RequestTimeout)):
             logger.exception("a stream failed")
         yield event(as_api_error(error).body())
     yield DONE

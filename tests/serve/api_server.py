@@ -21,7 +21,7 @@ from groundup.infer.worker import Limits, Worker
 from groundup.model.config import ModelConfig
 from groundup.model.io import save_model
 from groundup.model.transformer import Transformer
-from groundup.serve.api import create_app
+from groundup.serve.api import Server, create_app
 from groundup.serve.api_models import Served, ServerSettings
 from groundup.tokenizer import Tokenizer, train_tokenizer
 
@@ -72,7 +72,8 @@ class Api:
         listener = socket.create_server(("127.0.0.1", 0))
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self.server = uvicorn.Server(uvicorn.Config(self.app, log_level="critical", timeout_graceful_shutdown=5))
+        config = uvicorn.Config(self.app, log_level="critical", timeout_graceful_shutdown=5)
+        self.server = Server(config, [self.served], settings or ServerSettings())
         self._thread = threading.Thread(target=self.server.run, args=([listener],))
         self._thread.start()
         key = (settings.api_key if settings else None) or "none"
@@ -128,7 +129,8 @@ class Steps:
         engine.step = self._limited  # type: ignore[method-assign]
 
     def allow(self, count: int) -> None:
-        self._allowed.release(count)
+        if count:
+            self._allowed.release(count)
 
     def close(self) -> None:
         self._free = True

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from groundup.infer.generate import generate
 from groundup.infer.params import SamplingParams
+from groundup.infer.thinking import split_thinking
 
 WEATHER = {
     "type": "function",
@@ -79,11 +80,13 @@ def test_without_the_option_a_stream_tells_no_usage(api: Api) -> None:  # noqa: 
     assert all(c["choices"] and "usage" not in c for c in chunks)
 
 
-def test_the_clients_own_stream_helper(api: Api) -> None:  # noqa: F811
-    with api.client.chat.completions.stream(model="tiny", messages=user(), max_tokens=10) as stream:
+def test_the_clients_own_stream_helper(api: Api, script) -> None:  # noqa: F811
+    script("The cat sat.")
+    with api.client.chat.completions.stream(model="tiny", messages=user()) as stream:
         pieces = [event.delta for event in stream if event.type == "content.delta"]
         final = stream.get_final_completion()
-    assert "".join(pieces) == final.choices[0].message.content == direct(api, max_tokens=10)[0].text
+    assert "".join(pieces) == final.choices[0].message.content == "The cat sat."
+    assert len(pieces) > 2
 
 
 def test_answers_do_not_depend_on_the_load(api: Api) -> None:  # noqa: F811
@@ -306,9 +309,10 @@ def test_sampling_fields_reach_the_engine(api: Api) -> None:  # noqa: F811
     assert (ended.choices[0].message.content, ended.choices[0].finish_reason) == ("", "stop")
     fields = {"temperature": 0.9, "top_p": 0.9, "presence_penalty": 0.5, "frequency_penalty": 0.5, "seed": 3}
     extra = {"top_k": 20, "min_p": 0.01, "repetition_penalty": 1.2, "ignore_eos": True}
-    answer = api.chat(max_completion_tokens=15, extra_body=extra, **fields)
+    message = api.chat(max_completion_tokens=15, extra_body=extra, **fields).choices[0].message
     wanted = direct(api, max_tokens=15, **fields, **extra)[0]
-    assert answer.choices[0].message.content == wanted.text
+    said = (getattr(message, "reasoning_content", ""), message.content)
+    assert said == split_thinking(wanted.text)
 
 
 def test_what_clients_send_beside_is_ignored(api: Api) -> None:  # noqa: F811

@@ -20,6 +20,7 @@ from api_server import Api, Steps, api, pair, save_pair, steps  # noqa: F401  (f
 from groundup.errors import UserError
 from groundup.infer.worker import Limits
 from groundup.serve.api import serve
+from groundup.serve.api_models import ServerSettings
 
 CHAT = {"messages": [{"role": "user", "content": "The cat"}]}
 LONG = {**CHAT, "max_tokens": 500, "ignore_eos": True}
@@ -44,8 +45,8 @@ def aborted(requests: list) -> bool:
 
 def test_a_stream_whose_client_leaves_is_aborted(api: Api, steps: Steps, monkeypatch) -> None:  # noqa: F811
     requests = watch(api, monkeypatch)
+    steps.allow(3)
     with api.http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}) as answer:
-        steps.allow(3)
         next(answer.iter_lines())
     api.wait_inbox()
     steps.close()
@@ -204,8 +205,8 @@ def test_embeddings_beside_answers_under_way(api: Api) -> None:  # noqa: F811
 class Process:
     """`serve` in a process of its own."""
 
-    def __init__(self, folder: Path, **settings) -> None:
-        code = f"from groundup.serve.api import serve; serve({str(folder)!r}, port=0, device='cpu', **{settings!r})"
+    def __init__(self, folder: Path) -> None:
+        code = f"from groundup.serve.api import serve; serve({str(folder)!r}, port=0, device='cpu')"
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.process = subprocess.Popen(
             [sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment
@@ -238,19 +239,21 @@ def test_sigterm_finishes_what_runs(pair, tmp_path: Path) -> None:  # noqa: F811
     assert (code, errors) == (0, "")
 
 
-def test_sigterm_waits_no_longer_than_told(pair, tmp_path: Path) -> None:  # noqa: F811
-    server = Process(save_pair(pair, tmp_path / "tiny"), drain_seconds=0)
-    body = {**CHAT, "max_tokens": 900, "ignore_eos": True, "stream": True}
-    with (
-        httpx.Client(base_url=server.url, timeout=60) as client,
-        client.stream("POST", "/v1/chat/completions", json=body) as answer,
-    ):
+def test_sigterm_waits_no_longer_than_told(pair) -> None:  # noqa: F811
+    hasty = Api(*pair, settings=ServerSettings(drain_seconds=0))
+    gate = Steps(hasty.engine)
+    gate.allow(3)
+    with hasty.http.stream("POST", "/v1/chat/completions", json={**LONG, "stream": True}) as answer:
         lines = answer.iter_lines()
         next(lines)
-        server.process.send_signal(signal.SIGTERM)
+        hasty.server.handle_exit(signal.SIGTERM, None)
+        hasty.wait_inbox()
+        gate.close()
         said = [line for line in lines if line]
-    assert "shutting down" in said[-2]
-    assert server.end() == (0, "")
+    assert "shutting down" in said[-2] and said[-1] == "data: [DONE]"
+    hasty._thread.join(20)  # it left by itself
+    assert not hasty._thread.is_alive()
+    hasty.close()
 
 
 def test_while_it_drains_new_requests_are_503(pair) -> None:  # noqa: F811
