@@ -68,9 +68,16 @@ def stored_quant(directory: Path) -> str:
 def _checked_logits(folder: Path, ids: list[list[int]], tokenizer: Tokenizer) -> list[torch.Tensor]:
     """Our logits on the written weights, after transformers gave the same, and its tokenizer the same ids."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
 
     ours = logits(load_model(folder), ids)
-    stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        stock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     theirs = logits(lambda batch: stock(batch).logits, ids)
     demand(compare(ours, theirs), ours, exact=True, where=folder)
     text = "The copy reads this as 4 + 5 = 9."

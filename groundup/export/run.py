@@ -11,6 +11,7 @@ from groundup.export.hf import DTYPES, stored_quant, write_hf
 from groundup.export.ollama import write_ollama
 from groundup.export.place import refuse_existing, staged
 from groundup.export.shards import MAX_SHARD_BYTES
+from groundup.model.config import ModelConfig
 
 FORMATS = {"gguf": tuple(QUANTS), "ollama": tuple(QUANTS), "hf": tuple(DTYPES)}
 
@@ -38,6 +39,7 @@ def export(
     if max_shard_bytes < 1:
         raise UserError("--max-shard-size", f"{max_shard_bytes} bytes hold nothing", "use 1 or more")
     refuse_existing(output)
+    ModelConfig.from_dir(directory)  # says what is wrong with the folder before anything is made
     name = directory.resolve().name
     with staged(output) as place:
         if to == "gguf":

@@ -6,6 +6,7 @@ import errno
 import json
 import resource
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,7 @@ def test_a_folder_without_a_tokenizer(model_dir: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(model_dir, tmp_path / "model")
     (folder / "tokenizer.json").unlink()
     refused(lambda: export(folder, "gguf", "f32", tmp_path / "out"), "tokenizer")
+    refused(lambda: export(folder.parent, "gguf", "f32", tmp_path / "deep" / "out"), "config.json")
     assert left(tmp_path) == ["model"]
 
 
@@ -64,6 +66,13 @@ def test_an_unknown_form_or_type(model_dir: Path, tmp_path: Path) -> None:
     refused(lambda: export(model_dir, "hf", "q8_0", tmp_path / "out"), "--quant", "bf16")
     refused(lambda: export(model_dir, "hf", None, tmp_path / "out", max_shard_bytes=0), "--max-shard-size")
     assert left(tmp_path) == []
+
+
+def test_without_the_gguf_package(model_dir: Path, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    refused(lambda: export(model_dir, "gguf", None, tmp_path / "out"), 'pip install "groundup[gguf]"')
+    refused(lambda: import_gguf(file, tmp_path / "out"), 'pip install "groundup[gguf]"')
+    export(model_dir, "hf", None, tmp_path / "out")  # which needs no such package
 
 
 def test_an_output_that_exists(model_dir: Path, file: Path, tmp_path: Path) -> None:

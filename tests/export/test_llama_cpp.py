@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 
 import pytest
 import torch
 from export_models import FAMILIES, greedy, make_model
 from llama_cpp import LlamaCpp
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from groundup.export.pretokenizer import KNOWN, PreTokenizer, spell_out
 from groundup.export.run import export
 from groundup.model.io import load_model
 from groundup.tokenizer import Tokenizer
@@ -84,3 +89,37 @@ def test_tools_and_calls_are_rendered_as_ours(server: LlamaCpp, tokenizer: Token
     ]
     ours = tokenizer.render(chat, tools=tools, add_generation_prompt=True).text
     assert server.prompt(chat, tools=tools) == ours
+
+
+@pytest.mark.parametrize("known", KNOWN, ids=lambda known: known.name)
+def test_every_name_of_a_pre_tokenizer_cuts_as_we_say(known: PreTokenizer, tmp_path: Path) -> None:
+    """A tokenizer trained with these regexes, so that its merges reach as far as they let it (runs of digits, of
+    spaces, of signs and newlines), gives llama.cpp's ids."""
+    backend = Backend(models.BPE(ignore_merges=known.ignore_merges))
+    backend.pre_tokenizer = _pre_tokenizer(spell_out(known))
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=900,
+        special_tokens=["<|endoftext|>", "<|im_end|>"],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    backend.train_from_iterator(TEXTS[:-1] * 20, trainer=trainer)
+    config = {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}
+    tokenizer = Tokenizer(backend, config, "")
+    folder = make_model(tokenizer, tmp_path / "model", **FAMILIES["llama"])
+    assert export(folder, "gguf", "f32", tmp_path / "model.gguf")["pre_tokenizer"] == known.name
+    server = LlamaCpp(tmp_path / "model.gguf")
+    mixed = random.Random(0)
+    texts = [*TEXTS[:-1], *("".join(mixed.choices(SIGNS, k=40)) for _ in range(100))]
+    for text in texts:
+        assert server.tokenize(text) == tokenizer.encode(text), text
+
+
+SIGNS = "aB's 12٣½ \n\t\r .,!-_(你é\u00a0\u3000\U0001f600"
+
+
+def _pre_tokenizer(spelled: dict) -> pre_tokenizers.PreTokenizer:
+    """The live object of a tokenizer.json's pre_tokenizer."""
+    spec = json.loads(Backend(models.BPE()).to_str())
+    return Backend.from_str(json.dumps({**spec, "pre_tokenizer": spelled})).pre_tokenizer

@@ -55,10 +55,12 @@ def test_logits_are_those_of_transformers(source: Path, folder: Path) -> None:
 
     stock = AutoModelForCausalLM.from_pretrained(source.parent, gguf_file=source.name, dtype=torch.float32).eval()
     model, tokenizer = load_model(folder), load_tokenizer(folder)
+    theirs = stock.state_dict()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in model.state_dict().items())
     for text in TEXTS:
         ids = torch.tensor([tokenizer.encode(text)])
         with torch.no_grad():
-            assert (model(ids) - stock(ids).logits).abs().max() < 1e-3, text
+            assert (model(ids) - stock(ids).logits).abs().max() < 5e-4, text  # of logits up to 40
 
 
 def test_ids_are_those_of_llama_cpp(source: Path, folder: Path) -> None:
