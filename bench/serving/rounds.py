@@ -108,6 +108,6 @@ def one_round(server: Server, ask: dict[str, Any]) -> dict[str, Any]:
     watch = Watch(len(ask["prompts"]))
     server.answer(ask["prompts"], ask["new"], ask["cache"], watch)
     watch.stop()
-    wanted = len(ask["prompts"]) * ask["new"]
-    about = {"wanted": wanted, "ids": watch.ids[0], "peak_mb": peak_memory(server.pid)}
-    return watch.figures() | about | server.extra()
+    requests = len(ask["prompts"])
+    about = {"requests": requests, "wanted": requests * ask["new"], "ids": watch.ids[0]}
+    return watch.figures() | about | {"peak_mb": peak_memory(server.pid)} | server.extra()

@@ -77,16 +77,20 @@ def agreement(running: list[Program]) -> dict[str, float]:
     """How far the first request's answer equals transformers' (else ours): share of tokens before the first difference.
 
     fp32 programs should say the same; one differing rounding changes the rest, so less than 1 now and then is normal.
+    Rounds in which a server showed fewer ids than it counted (llama.cpp, inside a character) do not count.
     """
-    exact = [one for one in running if one.name in FP32 and one.rounds[0]["ids"]]
+    exact = [one for one in running if one.name in FP32]
     base = next((one for one in exact if one.name == "transformers"), exact[0] if exact else None)
-    if base is None:
-        return {}
-    return {
-        one.name: statistics.mean(alike(a["ids"], b["ids"]) for a, b in zip(one.rounds, base.rounds, strict=True))
+    shares = {
+        one.name: [alike(a["ids"], b["ids"]) for a, b in zip(one.rounds, base.rounds, strict=True) if complete(a)]
         for one in exact
-        if one is not base
+        if base is not None and one is not base
     }
+    return {name: statistics.mean(found) for name, found in shares.items() if found}
+
+
+def complete(answer: dict[str, Any]) -> bool:
+    return len(answer["ids"]) * answer["requests"] == answer["wanted"]
 
 
 def alike(ids: list[int], others: list[int]) -> float:
