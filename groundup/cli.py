@@ -26,6 +26,10 @@ app.add_typer(data_app, name="data")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text for people.")]
 ModelDir = Annotated[Path, typer.Argument(metavar="DIR", help="A model folder (config.json, safetensors, tokenizer).")]
+Quantize = Annotated[
+    str | None, typer.Option(metavar="SCHEME", help="int8, int8-weight or int4: less memory, more speed.")
+]
+Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=PATH", help="A LoRA adapter.")]
 TokenizerDir = Annotated[Path | None, typer.Option("--tokenizer", metavar="DIR", help="A tokenizer folder.")]
 
 
@@ -161,12 +165,92 @@ def evaluate(
         bool, typer.Option("--world", help="Exact match on the built-in world's held-out questions.")
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of the world that the model was trained on.")] = 0,
+    quantize: Quantize = None,
     as_json: Json = False,
 ) -> None:
-    """Measure a model: bits per byte on files, exact match on the built-in world."""
+    """Measure a model: bits per byte on files, exact match on the built-in world, what quantising costs."""
     from groundup.eval.run import evaluate as run
 
-    _show(run(model, data=data or [], world=world, seed=seed), as_json)
+    _show(run(model, data=data or [], world=world, seed=seed, quantize=quantize), as_json)
+
+
+@app.command()
+def serve(
+    model: ModelDir,
+    host: Annotated[str, typer.Option(help="0.0.0.0: for other machines, too.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free one.")] = 8000,
+    name: Annotated[str | None, typer.Option(help="What clients call the model; default: the folder's name.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="GROUNDUP_API_KEY", help="Clients must send it.")] = None,
+    adapter: Adapters = None,
+    quantize: Quantize = None,
+    draft: Annotated[
+        str | None, typer.Option(metavar="DIR|ngram", help="A smaller model that guesses ahead, or ngram lookup.")
+    ] = None,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get 429.")] = 256,
+    max_total_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of all requests at hand.")] = None,
+    max_tokens_limit: Annotated[int | None, typer.Option(min=1, help="Most new tokens of a request.")] = None,
+    request_timeout: Annotated[float | None, typer.Option(min=0, help="Seconds.")] = None,
+    cors_origin: Annotated[list[str] | None, typer.Option(help="Web pages that may call; * for all.")] = None,
+) -> None:
+    """Serve a model over OpenAI's API. SIGTERM or Ctrl-C: running requests finish first."""
+    from groundup.serve.api import serve as run
+
+    run(
+        model,
+        host=host,
+        port=port,
+        name=name,
+        api_key=api_key,
+        adapters=adapter or [],
+        quantize=quantize,
+        draft=draft,
+        max_waiting=max_waiting,
+        max_total_tokens=max_total_tokens,
+        max_tokens_limit=max_tokens_limit,
+        request_timeout=request_timeout,
+        cors_origins=cors_origin or [],
+    )
+
+
+@app.command()
+def ui(
+    model: Annotated[Path | None, typer.Argument(metavar="[DIR]", help="A model folder; or give --url.")] = None,
+    url: Annotated[str | None, typer.Option(help="A running OpenAI-compatible server instead of a folder.")] = None,
+    host: Annotated[str, typer.Option()] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Of the page.")] = 8501,
+    adapter: Adapters = None,
+) -> None:
+    """A chat page in the browser. Ctrl-C stops it and its server."""
+    from groundup.serve.ui import ui as run
+
+    run(model, url=url, host=host, port=port, adapters=adapter or [])
+
+
+@app.command()
+def export(
+    model: ModelDir,
+    to: Annotated[str, typer.Option(metavar="gguf|ollama|hf", help="llama.cpp's file, Ollama's folder, a stock one.")],
+    output: Annotated[Path, typer.Option(metavar="PATH")],
+    quant: Annotated[str | None, typer.Option(help="f32, f16, q8_0, q4_0; of hf: f32, f16, bf16.")] = None,
+    max_shard_size: Annotated[float, typer.Option(min=0, help="Of a safetensors file of hf, GB.")] = 5.0,
+    as_json: Json = False,
+) -> None:
+    """Write a model for other programs, checked to be the same model."""
+    from groundup.export.run import export as run
+
+    _show(run(model, to, quant, output, max_shard_bytes=int(max_shard_size * 1e9)), as_json)
+
+
+@app.command(name="import")
+def import_(
+    file: Annotated[Path, typer.Argument(metavar="FILE.gguf")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The model folder to make.")],
+    as_json: Json = False,
+) -> None:
+    """Make a model folder of a GGUF file: weights dequantised, tokenizer and chat template included."""
+    from groundup.export.from_gguf import import_gguf
+
+    _show(import_gguf(file, output), as_json)
 
 
 @app.command()

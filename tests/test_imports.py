@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optim": {"config"},
     "dist": {"model"},
     "infer": {"model", "ops", "tokenizer", "data", "device"},
+    "export": {"model", "tokenizer", "files", "device", "infer"},
     "plan": {"config", "device", "model", "optim", "objectives", "ops", "data", "tokenizer", "files"},
     "train": {*"config device tokenizer data ops model objectives optim dist infer plan files".split()},
     "serve": {"infer", "tokenizer", "model", "data", "device", "config"},
@@ -46,7 +47,7 @@ def imports_of(path: Path) -> set[str]:
             assert not (isinstance(node, ast.ImportFrom) and node.level), f"{path}: relative import"
             continue
         found |= {name.split(".")[1] for name in names if name.startswith("groundup.")}
-    return found
+    return found - {"__version__"}
 
 
 def test_imports_point_one_way() -> None:

@@ -13,6 +13,7 @@ from groundup.data.batch import PackedDataset, Source, open_dataset
 from groundup.data.read import Reader
 from groundup.data.rows import Text
 from groundup.errors import UserError
+from groundup.infer.quality import Quantized, quality
 from groundup.objectives.next_token import bits_per_byte, next_token
 
 if TYPE_CHECKING:
@@ -48,11 +49,15 @@ def measure(model: Transformer, dataset: PackedDataset) -> dict[str, float]:
 
 
 def measure_files(
-    model: Transformer, tokenizer: Tokenizer, paths: Sequence[str | Path], seq_len: int | None = None
+    model: Transformer,
+    tokenizer: Tokenizer,
+    paths: Sequence[str | Path],
+    seq_len: int | None = None,
+    quantize: str | None = None,
 ) -> list[dict[str, Any]]:
     """`measure` of each file (text or chats, in any known format), with its name as "file" and its "kind".
 
-    Text goes on from row to row of seq_len tokens without seeing the row before; chats are cut to one row.
+    quantize: a scheme; "quantized" then says what it costs on this file (infer/quality.py). Text goes on from row to row of seq_len tokens without seeing the row before; chats are cut to one row.
     """
     length = min(seq_len or SEQ_LEN, model.config.max_position_embeddings)
     results = []
@@ -63,4 +68,7 @@ def measure_files(
                 [Source(str(path))], tokenizer, kind=kind, seq_len=length, cache_dir=cache, seed=0
             )
             results.append({"file": str(path), "kind": kind, **measure(model, dataset)})
+            if quantize:
+                found = quality(model, Quantized(model, quantize), dataset.batches(1), dataset.bytes)
+                results[-1]["quantized"] = {"scheme": quantize, **found}
     return results

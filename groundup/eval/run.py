@@ -17,11 +17,17 @@ ANSWER_TOKENS = 48  # answers of the built-in world take 6; this leaves room for
 
 
 def evaluate(
-    path: str | Path, data: Sequence[str | Path] = (), world: bool = False, seed: int = 0, device: str = "auto"
+    path: str | Path,
+    data: Sequence[str | Path] = (),
+    world: bool = False,
+    seed: int = 0,
+    device: str = "auto",
+    quantize: str | None = None,
 ) -> dict[str, Any]:
     """{"model", "files": [...bits_per_byte...], "world_exact_zh", "world_exact_en", "kinds"}: what was asked for.
 
     data: text or chat files. world: exact match on the held-out questions of the built-in world of `seed`.
+    quantize: a scheme of infer/linear.py: files say what it costs, the world is answered by the quantised model.
     Raises UserError when nothing was asked for, or the folder or a file cannot be read.
     """
     if not data and not world:
@@ -36,21 +42,26 @@ def evaluate(
     model = load_model(path, device=pick_device(device))
     result: dict[str, Any] = {"model": str(path)}
     if data:
-        result["files"] = measure_files(model, tokenizer, data)
+        result["files"] = measure_files(model, tokenizer, data, quantize=quantize)
     if world:
         from groundup.eval.world import evaluate_world
         from groundup.world import World
 
         built = World(seed)
         questions = [q for language in ("zh", "en") for q in built.questions("heldout", language)]
-        result |= evaluate_world(questions, answerer(model, tokenizer))
+        result |= evaluate_world(questions, answerer(model, tokenizer, quantize=quantize))
     return result
 
 
 def answerer(
-    model: Transformer, tokenizer: Tokenizer, max_tokens: int = ANSWER_TOKENS, think: bool | None = None
+    model: Transformer,
+    tokenizer: Tokenizer,
+    max_tokens: int = ANSWER_TOKENS,
+    think: bool | None = None,
+    quantize: str | None = None,
 ) -> Answerer:
     """The model as something that evaluate_world can ask: lists of messages in, greedy answers out."""
+    from groundup.infer.engine import EngineSettings
     from groundup.infer.generate import generate
     from groundup.infer.params import SamplingParams
 
@@ -59,6 +70,7 @@ def answerer(
             tokenizer.render(messages, add_generation_prompt=True, enable_thinking=think).ids
             for messages in conversations
         ]
-        return [c.text for c in generate(model, tokenizer, prompts, SamplingParams(max_tokens=max_tokens))]
+        params, settings = SamplingParams(max_tokens=max_tokens), EngineSettings(quantize=quantize)
+        return [c.text for c in generate(model, tokenizer, prompts, params, settings)]
 
     return answer

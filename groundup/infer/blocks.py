@@ -17,7 +17,7 @@ from itertools import count
 Key = tuple[Hashable, tuple[int, ...]]
 
 
-class OutOfBlocks(Exception):  # noqa: N818  (a state of the engine, which it mends, not an error)
+class OutOfBlocks(Exception):
     """Every block is in use."""
 
 

@@ -6,9 +6,11 @@ last (sequence.py). Blocks of the cache are counted in blocks.py. One thread own
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence as Ids
+from collections.abc import Hashable
+from collections.abc import Sequence as Ids
 from dataclasses import dataclass
 from itertools import count
+from pathlib import Path
 
 import psutil
 import torch
@@ -32,7 +34,8 @@ from groundup.tokenizer import Tokenizer
 class EngineSettings:
     """block_size: tokens a block. memory: bytes for keys and values; None: a share of what is free (kv_memory).
     num_blocks: instead of memory. max_batch_tokens: tokens of a step. max_sequences: answers written at once.
-    prefix_sharing: find again what was computed before. quantize: a scheme of linear.py. truncate_prompt: a prompt too
+    prefix_sharing: find again what was computed before. quantize: a scheme of linear.py, which uses the model up: it
+    keeps no other matrices. truncate_prompt: a prompt too
     long for the context loses its beginning; else it is refused.
     """
 
@@ -83,11 +86,11 @@ class Engine:
     ) -> Request:
         """Queue a prompt: token ids, or text that starts a document ([bos] + encode(text)).
 
-        tenant: requests of different tenants share nothing. where: what messages call the prompt. Raises UserError: an empty prompt, ids that are no tokens,
-        no room in the context, a grammar that does not compile.
+        tenant: requests of different tenants share nothing. where: what messages call the prompt.
+        Raises UserError: an empty prompt, ids that are no tokens, no room in the context, a grammar that is wrong.
         """
         ids = self._prompt(prompt, where)
-        if adapter is not None:
+        if adapter is not None and adapter not in self.runner.adapters:
             raise UserError("adapter", f"{adapter!r} is not loaded", "start with --adapter NAME=PATH")
         if params.n > self.settings.max_sequences:
             raise UserError("n", f"{params.n} answers at once", f"at most {self.settings.max_sequences}")
@@ -111,6 +114,10 @@ class Engine:
     def abort(self, request: Request) -> None:
         """Stop answering; its blocks are free at once. Nothing happens to a finished one."""
         self._end(request, "abort")
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Let requests name this LoRA adapter, a folder as PEFT saves it. UserError where it does not fit."""
+        self.runner.load_adapter(name, path)
 
     @property
     def has_work(self) -> bool:

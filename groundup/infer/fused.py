@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from groundup.infer.adapters import add_deltas
 from groundup.infer.linear import make_linear
 from groundup.infer.paged import PagedRows
 from groundup.model.attention import Attention
@@ -32,7 +33,8 @@ Linear = Callable[[torch.Tensor], torch.Tensor]
 def fuse(model: Transformer, scheme: str | None) -> FusedModel | None:
     """The model for answering; None where this machine or model needs the plain blocks.
 
-    scheme: how the matrices are quantised (linear.py); None: as they are.
+    scheme: how the matrices are quantised (linear.py); None: as they are. Quantised, the model given is used up: its
+    own matrices are let go.
     """
     weight, library = model.head_weight, native("decode")
     plain = all(type(part) in _KNOWN for block in model.blocks for part in block.modules())
@@ -83,16 +85,18 @@ class FusedBlock:
         self.eps = ctypes.c_float(block.input_layernorm.eps)
         self.norms = (block.input_layernorm.weight, block.post_attention_layernorm.weight)
         self.qk_norms = (attention.q_norm.weight, attention.k_norm.weight) if attention.qk_norm else (None, None)
-        self.qkv = product(*joined([attention.q_proj, attention.k_proj, attention.v_proj]), scheme)
-        self.o = product(attention.o_proj.weight, attention.o_proj.bias, scheme)
-        self.gate_up = product(*joined([mlp.gate_proj, mlp.up_proj]), scheme)
-        self.down = product(mlp.down_proj.weight, mlp.down_proj.bias, scheme)
+        self.qkv = Joined([attention.q_proj, attention.k_proj, attention.v_proj], scheme)
+        self.o, self.down = Joined([attention.o_proj], scheme), Joined([mlp.down_proj], scheme)
+        self.gate_up = Joined([mlp.gate_proj, mlp.up_proj], scheme)
+        if scheme is not None:  # kept quantised, not twice
+            for layer in (part for part in block.modules() if isinstance(part, nn.Linear)):
+                layer.weight.data = layer.weight.new_empty(0)
 
     def __call__(self, x_ND: torch.Tensor, rope: Rope, rows: PagedRows) -> torch.Tensor:
         hidden_ND = add_norm(self.library, x_ND, None, self.norms[0], self.eps)
-        out_NHd = self._attention(self.qkv(hidden_ND), rope, rows)
-        hidden_ND = add_norm(self.library, x_ND, self.o(out_NHd.flatten(1)), self.norms[1], self.eps)
-        return x_ND.add_(self.down(self._swiglu(self.gate_up(hidden_ND))))
+        out_NHd = self._attention(self.qkv(hidden_ND, rows), rope, rows)
+        hidden_ND = add_norm(self.library, x_ND, self.o(out_NHd.flatten(1), rows), self.norms[1], self.eps)
+        return x_ND.add_(self.down(self._swiglu(self.gate_up(hidden_ND, rows)), rows))
 
     def _attention(self, qkv_NE: torch.Tensor, rope: Rope, rows: PagedRows) -> torch.Tensor:
         keys, values = rows.cache.keys[self.layer], rows.cache.values[self.layer]
@@ -110,14 +114,20 @@ class FusedBlock:
         return out_NF
 
 
-def joined(layers: Sequence[nn.Linear]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """One matrix (and bias) of several, whose parameters become views of it; joined once, however often asked."""
-    return _join([layer.weight for layer in layers]), (
-        None if layers[0].bias is None else _join([layer.bias for layer in layers])
-    )
+class Joined:
+    """Several matrices that read the same, as one product, and the adapters of each."""
+
+    def __init__(self, layers: Sequence[nn.Linear], scheme: str | None) -> None:
+        self.layers = layers
+        bias = None if layers[0].bias is None else joined([layer.bias for layer in layers])
+        self.product = product(joined([layer.weight for layer in layers]), bias, scheme)
+
+    def __call__(self, x_ND: torch.Tensor, rows: PagedRows) -> torch.Tensor:
+        return add_deltas(self.product(x_ND), x_ND, self.layers, rows.adapters)
 
 
-def _join(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+def joined(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+    """One tensor of several, which become views of it; joined once, however often asked."""
     first, rows = parameters[0].data, sum(len(p) for p in parameters)
     ends = [p.data.data_ptr() + p.numel() * p.itemsize for p in parameters]
     if all(p.data.data_ptr() == end for p, end in zip(parameters[1:], ends[:-1], strict=True)) and all(

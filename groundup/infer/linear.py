@@ -26,7 +26,7 @@ from groundup.ops.quant import Grouped, pack_int4, quantize, quantize_groups, un
 SCHEMES = ("int8", "int8-weight", "int4")
 GROUP = 32  # inputs that share a scale in int4
 CHUNK = 4096  # outputs quantised at a time: what is needed beside the result stays small
-AMX_ROWS = 16  # from so many rows on tiles pay, where a processor has them
+AMX_ROWS = 9  # from so many rows on tiles are faster than dot products, where a processor has them
 
 
 class Product:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from groundup.infer.adapters import Rows
 from groundup.model.config import ModelConfig
 from groundup.ops.paged import paged_attention
 
@@ -37,7 +38,8 @@ class PagedCache:
 class PagedRows:
     """One batch, as `Transformer.hidden(ids_1N, cache=...)` takes a cache.
 
-    starts, counts: each sequence's first uncomputed token and how many follow; tables: its blocks.
+    starts, counts: each sequence's first uncomputed token and how many follow; tables: its blocks. adapters: whose
+    rows they answer (adapters.py).
     """
 
     def __init__(
@@ -46,9 +48,10 @@ class PagedRows:
         tables: Sequence[Sequence[int]],
         starts: Sequence[int],
         counts: Sequence[int],
+        adapters: Rows = (),
     ) -> None:
         device, size = cache.keys.device, cache.block_size
-        self.cache = cache
+        self.cache, self.adapters = cache, adapters
         width = max(map(len, tables))
         padded = [[*table, *[0] * (width - len(table))] for table in tables]
         self.tables_SW = torch.tensor(padded, dtype=torch.int32, device=device)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from groundup.data.batch import Batch
-from groundup.infer.linear import make_linear
+from groundup.infer.linear import Product, make_linear
 from groundup.model.transformer import Transformer
 
 Logits = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -49,10 +49,15 @@ class Quantized(nn.Module):
         return self.head(hidden_BTD.flatten(0, 1)).unflatten(0, hidden_BTD.shape[:2])
 
     @property
+    def products(self) -> list[Product]:
+        """Every quantised matrix, the head last."""
+        layers = [part for part in self.model.modules() if isinstance(part, QuantizedLinear)]
+        return [*(layer.product for layer in layers), self.head]
+
+    @property
     def nbytes(self) -> int:
         """Bytes of the matrices, the head among them."""
-        layers = [part for part in self.model.modules() if isinstance(part, QuantizedLinear)]
-        return sum(layer.product.nbytes for layer in layers) + self.head.nbytes
+        return sum(product.nbytes for product in self.products)
 
 
 @torch.no_grad()

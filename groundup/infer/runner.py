@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as Ids
+from pathlib import Path
 
 import torch
 from torch import nn
 
+from groundup.infer.adapters import Adapter, Rows, add_deltas, load_adapter
 from groundup.infer.fused import fuse, product
-from groundup.infer.linear import make_linear
 from groundup.infer.paged import PagedCache, PagedRows
+from groundup.infer.quality import QuantizedLinear
 from groundup.infer.scheduler import Work
 from groundup.model.transformer import Transformer
 
@@ -21,6 +23,8 @@ class Runner:
         weight = model.head_weight
         self.model, self.device = model, weight.device
         self.cache = PagedCache(model.config, num_blocks, block_size, weight.device, weight.dtype)
+        self.adapters: dict[str, Adapter] = {}
+        self._rows: PagedRows | None = None
         self._fused = fuse(model, quantize)
         if self._fused is None and quantize:
             _replace_linears(model, quantize)
@@ -28,25 +32,39 @@ class Runner:
             self._head = product(weight.detach(), None, quantize)
 
     def hidden(self, work: Ids[Work]) -> torch.Tensor:
-        """Hidden states of all tokens of the work, one piece after another, [N, D]; their keys and values are stored."""
+        """Hidden states of all tokens of the work, piece after piece, [N, D]; their keys and values are stored."""
         ids = [token for item in work for token in item.tokens]
         tables = [item.sequence.blocks for item in work]
         starts, counts = [item.start for item in work], [len(item) for item in work]
-        rows, ids_N = PagedRows(self.cache, tables, starts, counts), torch.tensor(ids, device=self.device)
+        ids_N = torch.tensor(ids, device=self.device)
+        self._rows = rows = PagedRows(self.cache, tables, starts, counts, self._adapted(work))
         return self._fused.hidden(ids_N, rows) if self._fused else self.model.hidden(ids_N[None], cache=rows)[0]
+
+    def load_adapter(self, name: str, path: str | Path) -> None:
+        """Let requests name this LoRA adapter. UserError where it does not fit the model."""
+        adapter = load_adapter(name, path, self.model)
+        if self._fused is None:  # the model's own blocks: each matrix adds what the rows' adapters say
+            for layer in adapter.parts.keys() - {part for one in self.adapters.values() for part in one.parts}:
+                layer.register_forward_hook(self._add_deltas)
+        self.adapters[name] = adapter
+
+    def _add_deltas(self, layer: nn.Module, inputs: tuple[torch.Tensor], out_1NE: torch.Tensor) -> torch.Tensor:
+        rows = self._rows.adapters if self._rows is not None else ()
+        return add_deltas(out_1NE[0], inputs[0][0], [layer], rows)[None]
+
+    def _adapted(self, work: Ids[Work]) -> Rows:
+        places: dict[str, list[int]] = {}
+        at = 0
+        for item in work:
+            name = item.sequence.request.adapter
+            if name is not None and name in self.adapters:  # a draft model has none
+                places.setdefault(name, []).extend(range(at, at + len(item)))
+            at += len(item)
+        return [(self.adapters[name], torch.tensor(rows, device=self.device)) for name, rows in places.items()]
 
     def logits(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """[N, V] fp32."""
         return self._head(hidden_ND).float()
-
-
-class _Quantized(nn.Module):
-    def __init__(self, layer: nn.Linear, scheme: str) -> None:
-        super().__init__()
-        self.product = make_linear(layer.weight.detach(), layer.bias, scheme)
-
-    def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
-        return self.product(x_BTD.flatten(0, -2)).unflatten(0, x_BTD.shape[:-1])
 
 
 def _replace_linears(model: Transformer, scheme: str) -> None:
@@ -54,4 +72,4 @@ def _replace_linears(model: Transformer, scheme: str) -> None:
     for part in [part for block in model.blocks for part in block.modules()]:
         for name, child in list(part.named_children()):
             if type(child) is nn.Linear:
-                setattr(part, name, _Quantized(child, scheme))
+                setattr(part, name, QuantizedLinear(child, scheme))

@@ -119,7 +119,7 @@ class Scheduler:
         return Work(sequence, count, count == sequence.pending)
 
     def _fit(self, sequence: Sequence, budget: int) -> Work | None:
-        """Work of a running sequence, pushing out the youngest ones while blocks are missing; None: it is itself out."""
+        """Work of a running sequence, pushing out the youngest while blocks are missing; None: it is itself out."""
         count = min(sequence.pending, budget)
         last = count == sequence.pending
         if not last or count + len(sequence.draft) > budget:

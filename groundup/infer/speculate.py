@@ -1,8 +1,8 @@
 """Guess a few tokens, let the model check them all in one step (speculative decoding, arXiv 2211.17192).
 
-A step for one token reads every weight; a step for five reads them once as well. The engine draws each token as it would
-without guesses and keeps a guess only where the draw agrees (engine.py, _choose): the text is the same, bit for bit of
-its random numbers, greedy or sampled. A guess d is kept with probability p(d), the model's own.
+A step for one token reads every weight; a step for five reads them once as well. The engine draws each token as it
+would without guesses and keeps a guess only where the draw agrees (engine.py, _choose): the text is the same, greedy or
+sampled. A guess d is kept with probability p(d), the model's own.
 """
 
 from __future__ import annotations
