@@ -57,7 +57,8 @@ def measure_files(
 ) -> list[dict[str, Any]]:
     """`measure` of each file (text or chats, in any known format), with its name as "file" and its "kind".
 
-    quantize: a scheme; "quantized" then says what it costs on this file (infer/quality.py). Text goes on from row to row of seq_len tokens without seeing the row before; chats are cut to one row.
+    quantize: a scheme; "quantized" then says what it costs on this file (infer/quality.py).
+    Text goes on from row to row of seq_len tokens without seeing the row before; chats are cut to one row.
     """
     length = min(seq_len or SEQ_LEN, model.config.max_position_embeddings)
     results = []

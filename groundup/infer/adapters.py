@@ -52,17 +52,19 @@ def load_adapter(name: str, path: str | Path, model: Transformer) -> Adapter:
         if config.get(key) not in (None, plain):
             raise UserError(file, f"{key} = {config[key]!r} is not supported", "merge the adapter into its model")
     scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    modules, halves = dict(model.named_modules()), {}
+    modules = dict(model.named_modules())
+    halves: dict[nn.Linear, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
         found = NAME.fullmatch(key)
         layer = modules.get(found[1]) if found else None
-        if not isinstance(layer, nn.Linear):
+        if found is None or not isinstance(layer, nn.Linear):
             raise UserError(weights, f"{key} changes nothing that this model has", "use an adapter of this model")
-        halves.setdefault((found[1], layer), {})[found[2]] = tensor
-    parts = {}
-    for (where, layer), half in halves.items():
+        halves.setdefault(layer, {})[found[2]] = tensor
+    parts: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
+    for layer, half in halves.items():
         a, b = half.get("A"), half.get("B")
         if a is None or b is None or (b.shape[0], a.shape[1]) != (layer.out_features, layer.in_features):
+            where = next(name for name, module in modules.items() if module is layer)
             raise UserError(weights, f"{where} does not fit the model's matrix", "use an adapter of this model")
         like = model.head_weight
         parts[layer] = (a.to(like).contiguous(), (b * scale).to(like).contiguous())

@@ -154,7 +154,8 @@ class Engine:
         finally:
             for request in requests:
                 self.abort(request)
-        return F.normalize(torch.stack([request.embedding for request in requests]), dim=-1)
+        sums = [request.embedding for request in requests if request.embedding is not None]
+        return F.normalize(torch.stack(sums), dim=-1)
 
     def stats(self) -> dict[str, int]:
         """Gauges of now and totals since the start."""

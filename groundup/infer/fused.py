@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable, Sequence
+from typing import cast
 
 import torch
 from torch import nn
@@ -52,7 +53,7 @@ class FusedModel:
         self.embed, self.norm, self.library = model.model.embed_tokens, model.model.norm, library
         self.rope = functools.partial(rope_table, *rope_frequencies(model.config))
         with torch.no_grad():
-            self.blocks = [FusedBlock(block, scheme, library) for block in model.blocks]
+            self.blocks = [FusedBlock(cast(Block, block), scheme, library) for block in model.blocks]
 
     def hidden(self, ids_N: torch.Tensor, rows: PagedRows) -> torch.Tensor:
         """Hidden states after the last norm, [N, D]; keys and values go into the cache."""
@@ -126,7 +127,7 @@ class Joined:
         return add_deltas(self.product(x_ND), x_ND, self.layers, rows.adapters)
 
 
-def joined(parameters: Sequence[nn.Parameter]) -> torch.Tensor:
+def joined(parameters: Sequence[torch.Tensor]) -> torch.Tensor:
     """One tensor of several, which become views of it; joined once, however often asked."""
     first, rows = parameters[0].data, sum(len(p) for p in parameters)
     ends = [p.data.data_ptr() + p.numel() * p.itemsize for p in parameters]

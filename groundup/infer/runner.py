@@ -49,6 +49,7 @@ class Runner:
         self.adapters[name] = adapter
 
     def _add_deltas(self, layer: nn.Module, inputs: tuple[torch.Tensor], out_1NE: torch.Tensor) -> torch.Tensor:
+        assert isinstance(layer, nn.Linear)
         rows = self._rows.adapters if self._rows is not None else ()
         return add_deltas(out_1NE[0], inputs[0][0], [layer], rows)[None]
 

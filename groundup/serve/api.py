@@ -26,6 +26,7 @@ from groundup import __version__
 from groundup.errors import UserError
 from groundup.infer.engine import Engine, EngineSettings
 from groundup.infer.params import params_from_dir
+from groundup.infer.speculate import Drafter, ModelDrafter, NgramDrafter
 from groundup.infer.worker import Draining, Limits, Worker
 from groundup.serve import api_chat, api_completions, api_tokens
 from groundup.serve.api_context import Context, context
@@ -113,6 +114,7 @@ def serve(
     api_key: str | None = None,
     adapters: Sequence[str] = (),
     quantize: str | None = None,
+    draft: str | None = None,
     max_waiting: int = Limits.max_waiting,
     max_total_tokens: int | None = None,
     max_tokens_limit: int | None = None,
@@ -123,12 +125,17 @@ def serve(
 ) -> None:
     """Serve a model folder until SIGTERM or Ctrl-C: then running requests finish, for up to drain_seconds.
 
-    name: what clients call the model (default: the folder's name). api_key: also from GROUNDUP_API_KEY, which other
-    users of the machine cannot see. port 0: any free one. Raises UserError: no model folder, a port that is taken.
+    name: what clients call the model (default: the folder's name). adapters: NAME=PATH of LoRA adapters, each a model
+    of its own to clients. draft: a folder of a smaller model that guesses ahead, or "ngram". api_key: also from
+    GROUNDUP_API_KEY, which other users of the machine cannot see. port 0: any free one. Raises UserError: no model
+    folder, an adapter or draft that does not fit, a port that is taken.
     """
-    listener = _listen(host, port)
+    listener = listen(host, port)
     model, tokenizer = load_pair(directory, device)
-    engine = Engine(model, tokenizer, EngineSettings(quantize=quantize))
+    paths = dict(_named(adapter) for adapter in adapters)
+    engine = Engine(model, tokenizer, EngineSettings(quantize=quantize), _drafter(draft, device))
+    for adapter, path in paths.items():
+        engine.load_adapter(adapter, path)
     limits = Limits(max_waiting, max_total_tokens, request_timeout)
     served = Served(
         name or Path(directory).resolve().name,
@@ -136,6 +143,7 @@ def serve(
         tokenizer,
         engine.context,
         params_from_dir(directory),
+        tuple(paths),
     )
     settings = ServerSettings(
         api_key=api_key or os.environ.get("GROUNDUP_API_KEY") or None,
@@ -147,6 +155,19 @@ def serve(
         create_app([served], settings), log_level="warning", timeout_graceful_shutdown=LAST_WORDS, server_header=False
     )
     Server(config, [served], settings).run(sockets=[listener])
+
+
+def _named(adapter: str) -> tuple[str, str]:
+    name, _, path = adapter.partition("=")
+    if not name or not path:
+        raise UserError("--adapter", f"{adapter!r} names no folder", "write NAME=PATH")
+    return name, path
+
+
+def _drafter(draft: str | None, device: str) -> Drafter | None:
+    if draft is None or draft == "ngram":
+        return NgramDrafter() if draft else None
+    return ModelDrafter(load_pair(draft, device)[0])
 
 
 class Server(uvicorn.Server):
@@ -182,11 +203,19 @@ class Server(uvicorn.Server):
         self.should_exit = True
 
 
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket: a port that is taken is known before the model is loaded."""
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket: a port that is taken is known before the model is loaded. Raises UserError."""
+    listener = None
     try:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
-        return socket.create_server((host, port), family=family, backlog=2048)
+        # asyncio sends at once (TCP_NODELAY) on sockets that name their protocol only; else each token waits 40 ms
+        listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(2048)
     except (OSError, OverflowError) as error:
+        if listener is not None:
+            listener.close()
         why = getattr(error, "strerror", None) or str(error)
         raise UserError("--port", f"cannot listen on {host}:{port} ({why})", "choose another port or host") from None
+    return listener
