@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from groundup.infer.worker import Limits, Worker
 from groundup.model.config import ModelConfig
 from groundup.model.io import save_model
 from groundup.model.transformer import Transformer
-from groundup.serve.api import Server, create_app
+from groundup.serve.api import Server, create_app, listen
 from groundup.serve.api_models import Served, ServerSettings
 from groundup.tokenizer import Tokenizer, train_tokenizer
 
@@ -69,7 +68,7 @@ class Api:
         self.worker = Worker(self.engine, limits)
         self.served = Served("tiny", self.worker, tokenizer, self.engine.context)
         self.app = create_app([self.served], settings)
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener = listen("127.0.0.1", 0)
         self.port = listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         config = uvicorn.Config(self.app, log_level="critical", timeout_graceful_shutdown=5)

@@ -19,7 +19,7 @@ from api_server import Api, Steps, api, pair, save_pair, steps  # noqa: F401  (f
 
 from groundup.errors import UserError
 from groundup.infer.worker import Limits
-from groundup.serve.api import serve
+from groundup.serve.api import listen, serve
 from groundup.serve.api_models import ServerSettings
 
 CHAT = {"messages": [{"role": "user", "content": "The cat"}]}
@@ -289,3 +289,9 @@ def test_no_thread_is_left(pair) -> None:  # noqa: F811
     running.chat(max_tokens=2)
     running.close()
     assert "groundup-engine" not in [thread.name for thread in threading.enumerate()][before:]
+
+
+def test_tokens_are_sent_at_once() -> None:
+    """The server's side of a connection does not gather small writes (asyncio looks at the listener's protocol)."""
+    with listen("127.0.0.1", 0) as listener:
+        assert listener.proto == socket.IPPROTO_TCP
