@@ -107,7 +107,7 @@ class Programs:
 
     def onnx(self, python: str, precision: str) -> Path:
         """The folder that ONNX Runtime GenAI's own builder makes."""
-        folder = self.made / f"onnx-{precision}"
+        folder = self.made / f"onnx-{precision}-{self.options.threads}"
         if not (folder / "genai_config.json").exists():
             self.say(f"  building {self.folder.name} for ONNX Runtime GenAI, {precision}")
             folder.mkdir(parents=True, exist_ok=True)
