@@ -105,6 +105,7 @@ def chat(
     max_tokens: Annotated[int, typer.Option(min=1)] = 512,
     seed: Annotated[int | None, typer.Option()] = None,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Default: the model decides.")] = None,
+    quantize: Quantize = None,
 ) -> None:
     """Talk to a model in the terminal. /help lists the commands there."""
     from groundup.serve.terminal import run_chat
@@ -118,6 +119,7 @@ def chat(
         max_tokens=max_tokens,
         seed=seed,
         think=think,
+        quantize=quantize,
     )
 
 
@@ -135,6 +137,7 @@ def generate(
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     seed: Annotated[int | None, typer.Option()] = None,
     think: Annotated[bool | None, typer.Option("--think/--no-think", help="Default: the model decides.")] = None,
+    quantize: Quantize = None,
     as_json: Json = False,
 ) -> None:
     """Answer prompts, for scripts."""
@@ -151,6 +154,7 @@ def generate(
         max_tokens=max_tokens,
         seed=seed,
         think=think,
+        quantize=quantize,
         as_json=as_json,
     )
 

@@ -48,7 +48,14 @@ class Stream(Iterator[str]):
         self.completion = self._request.completions()[0]
         raise StopIteration
 
+    def close(self) -> None:
+        """Ask for nothing more."""
+        self._engine.abort(self._request)
 
-def stream(model: Transformer, tokenizer: Tokenizer, prompt: str | Sequence[int], params: SamplingParams) -> Stream:
-    """Answer one prompt piece by piece; the pieces join to the text that `generate` gives. Errors as there."""
-    return Stream(Engine(model, tokenizer), prompt, params)
+
+def stream(engine: Engine, prompt: str | Sequence[int], params: SamplingParams) -> Stream:
+    """Answer one prompt piece by piece; the pieces join to the text that `generate` gives. Errors as there.
+
+    The engine remembers: a chat that goes on computes what is new only.
+    """
+    return Stream(engine, prompt, params)

@@ -37,6 +37,7 @@ def run_generate(
     max_tokens: int | None = None,
     seed: int | None = None,
     stop: Sequence[str] = (),
+    quantize: str | None = None,
     device: str = "auto",
 ) -> dict[str, Any]:
     """Answer all prompts in one batch, print, and return what `as_json` prints.
@@ -61,12 +62,13 @@ def run_generate(
         seed=seed,
         stop=tuple(stop),
     )
+    from groundup.infer.engine import EngineSettings
     from groundup.infer.generate import generate
 
     model, tokenizer = load_pair(path, device)
     ids = [_encode(r, tokenizer, raw, system, think) for r in requests]
     start = time.perf_counter()
-    completions = generate(model, tokenizer, ids, params)
+    completions = generate(model, tokenizer, ids, params, EngineSettings(quantize=quantize))
     seconds = time.perf_counter() - start
     rows = []
     for request, c in zip(requests, completions, strict=True):

@@ -17,8 +17,7 @@ from groundup.serve.conversation import Conversation
 from groundup.serve.script import load_pair, run_generate
 
 if TYPE_CHECKING:
-    from groundup.model.transformer import Transformer
-    from groundup.tokenizer import Tokenizer
+    from groundup.infer.engine import Engine
 
 __all__ = ["run_chat", "run_generate"]
 
@@ -93,7 +92,7 @@ class _Answer:
         self.screen.write("\n")
 
 
-def answer(model: Transformer, tokenizer: Tokenizer, chat: Conversation, question: str, screen: Screen) -> None:
+def answer(engine: Engine, chat: Conversation, question: str, screen: Screen) -> None:
     """Put the question, print the answer as it comes, and keep both. Ctrl-C keeps the part that was said.
 
     Raises UserError when the conversation fills the model's context; the question is then not kept.
@@ -102,8 +101,8 @@ def answer(model: Transformer, tokenizer: Tokenizer, chat: Conversation, questio
 
     chat.turns.append({"role": "user", "content": question})
     try:
-        prompt = tokenizer.render(chat.messages, add_generation_prompt=True, enable_thinking=chat.thinking).ids
-        context = model.config.max_position_embeddings
+        prompt = engine.tokenizer.render(chat.messages, add_generation_prompt=True, enable_thinking=chat.thinking).ids
+        context = engine.context
         if len(prompt) >= context:
             why = f"{len(prompt)} tokens do not fit in the model's context of {context}"
             raise UserError("conversation", why, "/undo takes back a question, /reset starts anew")
@@ -111,7 +110,7 @@ def answer(model: Transformer, tokenizer: Tokenizer, chat: Conversation, questio
         chat.turns.pop()
         raise
     room = min(chat.params.max_tokens, context - len(prompt))
-    pieces = stream(model, tokenizer, prompt, dataclasses.replace(chat.params, max_tokens=room))
+    pieces = stream(engine, prompt, dataclasses.replace(chat.params, max_tokens=room))
     out = _Answer(screen, thinking=chat.thinking is True, show=chat.show_thinking)
     interrupted = False
     try:
@@ -119,6 +118,7 @@ def answer(model: Transformer, tokenizer: Tokenizer, chat: Conversation, questio
             out.feed(out.splitter.feed(piece))
     except KeyboardInterrupt:
         interrupted = True
+        pieces.close()
     out.end()
     if out.content or out.reasoning:
         turn = {"role": "assistant", "content": out.content}
@@ -166,6 +166,7 @@ def run_chat(
     repetition_penalty: float | None = None,
     max_tokens: int | None = None,
     seed: int | None = None,
+    quantize: str | None = None,
     device: str = "auto",
 ) -> None:
     """Chat with the model in a folder until /exit or Ctrl-D. Settings not given come from generation_config.json.
@@ -183,7 +184,9 @@ def run_chat(
         max_tokens=max_tokens or 1024,
         seed=seed,
     )
-    model, tokenizer = load_pair(path, device)
+    from groundup.infer.engine import Engine, EngineSettings
+
+    engine = Engine(*load_pair(path, device), EngineSettings(quantize=quantize))
     tty = sys.stdin.isatty() and sys.stdout.isatty()
     for name in ("stdin", "stdout"):  # a stray byte in a script must not end the program
         reconfigure = getattr(getattr(sys, name), "reconfigure", None)
@@ -194,11 +197,11 @@ def run_chat(
     screen = Screen(sys.stdout, sys.stderr, tty)
     chat = Conversation(params, system=system, thinking=think)
     if tty:
-        screen.notice(f"{path}: context of {model.config.max_position_embeddings} tokens. /help lists the commands.")
-    chat_loop(model, tokenizer, chat, screen)
+        screen.notice(f"{path}: context of {engine.context} tokens. /help lists the commands.")
+    chat_loop(engine, chat, screen)
 
 
-def chat_loop(model: Transformer, tokenizer: Tokenizer, chat: Conversation, screen: Screen) -> None:
+def chat_loop(engine: Engine, chat: Conversation, screen: Screen) -> None:
     """Read, answer, print, until the end of input. Faults of one turn are said in one line and the chat goes on."""
     while True:
         try:
@@ -208,7 +211,7 @@ def chat_loop(model: Transformer, tokenizer: Tokenizer, chat: Conversation, scre
             if line.startswith("/"):
                 screen.notice(run_command(line, chat))
             elif line.strip():
-                answer(model, tokenizer, chat, line, screen)
+                answer(engine, chat, line, screen)
         except Leave:
             return
         except UserError as error:

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from groundup.errors import UserError
+from groundup.infer.engine import Engine
 from groundup.infer.generate import generate, stream
 from groundup.infer.params import SamplingParams
 from groundup.infer.runner import Runner
@@ -130,7 +131,7 @@ def test_a_stream_joins_to_the_whole(model: Transformer, tokenizer: Tokenizer, p
     for prompt in prompts:
         params = SamplingParams(max_tokens=40, temperature=1.2, seed=3)
         whole = generate(model, tokenizer, [prompt], params)[0]
-        pieces = stream(model, tokenizer, prompt, params)
+        pieces = stream(Engine(model, tokenizer), prompt, params)
         assert pieces.completion is None
         parts = list(pieces)
         assert "".join(parts) == whole.text
@@ -144,7 +145,7 @@ def test_a_stream_comes_piece_by_piece(model, tokenizer, prompts, monkeypatch) -
     calls = []
     hidden = Runner.hidden
     monkeypatch.setattr(Runner, "hidden", lambda run, work: calls.append(1) or hidden(run, work))
-    pieces = stream(model, tokenizer, prompts[0], SamplingParams(max_tokens=60, ignore_eos=True))
+    pieces = stream(Engine(model, tokenizer), prompts[0], SamplingParams(max_tokens=60, ignore_eos=True))
     next(pieces)
     assert 0 < len(calls) < 10
 
@@ -158,5 +159,5 @@ def test_stop_strings(model: Transformer, tokenizer: Tokenizer, prompts: Prompts
         wanted = min(free.text.find(s) for s in stop)
         got = generate(model, tokenizer, [prompt], params)[0]
         assert (got.text, got.finish_reason) == (free.text[:wanted], "stop")
-        assert "".join(stream(model, tokenizer, prompt, params)) == got.text
+        assert "".join(stream(Engine(model, tokenizer), prompt, params)) == got.text
         assert len(got.ids) < 40

@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import pytest
 
 from groundup.errors import UserError
+from groundup.infer.engine import Engine
 from groundup.infer.params import SamplingParams
 from groundup.serve.commands import HELP, Leave, run_command
 from groundup.serve.conversation import Conversation
@@ -28,8 +29,8 @@ class Scripted:
         self.answers, self.prompts, self.params = list(answers), [], []
         self.finish_reason = finish_reason
 
-    def __call__(self, model, tokenizer, prompt_ids, params):
-        self.prompts.append(tokenizer.decode(prompt_ids))
+    def __call__(self, engine, prompt_ids, params):
+        self.prompts.append(engine.tokenizer.decode(prompt_ids))
         self.params.append(params)
         return _Pieces(self.answers.pop(0), self.finish_reason)
 
@@ -37,6 +38,9 @@ class Scripted:
 class _Pieces(Iterator):
     def __init__(self, pieces, finish_reason) -> None:
         self.pieces, self.finish_reason, self.completion = iter(pieces), finish_reason, None
+
+    def close(self) -> None:
+        """As a Stream has it."""
 
     def __next__(self) -> str:
         piece = next(self.pieces, None)
@@ -60,7 +64,7 @@ def talk(model, tokenizer, monkeypatch):
             typed = iter(lines.splitlines())
             monkeypatch.setattr("builtins.input", lambda prompt="": _next(typed))
         chat = Conversation(SamplingParams(max_tokens=20), **settings)
-        chat_loop(model, tokenizer, chat, Screen(out, err, tty))
+        chat_loop(Engine(model, tokenizer), chat, Screen(out, err, tty))
         return out.getvalue(), err.getvalue(), chat
 
     return run
@@ -86,7 +90,7 @@ def test_the_real_model_answers(model, tokenizer, monkeypatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.StringIO("The cat\n"))
     out = io.StringIO()
     chat = Conversation(SamplingParams(max_tokens=5))
-    chat_loop(model, tokenizer, chat, Screen(out, io.StringIO(), tty=False))
+    chat_loop(Engine(model, tokenizer), chat, Screen(out, io.StringIO(), tty=False))
     assert out.getvalue() == chat.turns[1]["content"] + "\n"
 
 
@@ -145,7 +149,7 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave(talk, monkeypatch) -> None:
 
     tokenizer = SimpleNamespace(render=lambda *a, **k: SimpleNamespace(ids=[1]), decode=lambda ids: "")
     fake = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99))
-    chat_loop(fake, tokenizer, Conversation(SamplingParams()), Screen(out, out, tty=True))  # type: ignore[arg-type]
+    chat_loop(engine, Conversation(SamplingParams()), Screen(out, out, tty=True))  # type: ignore[arg-type]
     assert "/exit leaves" in out.getvalue()
     assert "hello" in out.getvalue()
 
