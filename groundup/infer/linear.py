@@ -1,10 +1,10 @@
 """How is a matrix kept while a model answers? As it is, or in 8 or 4 bits: fewer bytes to read a token, less to keep.
 
-    scheme         weights                          activations             bits a weight (D inputs)
-    None           as they are                      as they are             32
-    "int8"         8 bits, a scale an output        8 bits, a scale a row   8 + 32 / D
-    "int8-weight"  8 bits, a scale an output        as they are             8 + 32 / D
-    "int4"         4 bits, scale and centre a group as they are             4 + 32 / 32
+    scheme         weights                            activations                     bits a weight, D inputs
+    None           as they are                        as they are                     32
+    "int8"         8 bits, a scale an output          two 8-bit digits, a scale a row 8 + 32 / D
+    "int8-weight"  8 bits, a scale an output          as they are                     8 + 32 / D
+    "int4"         4 bits, scale and centre for 32    as they are                     4 + 32 / 32
 
 What each computes stands in ops/quant.py as plain torch; here are the ways that are fast. On a CPU C kernels
 (ops/csrc/int8.c, int4.c), whose results for a row do not depend on the rows beside it; on CUDA torch's integer
@@ -21,11 +21,12 @@ import torch.nn.functional as F
 
 from groundup.errors import UserError
 from groundup.ops.native import native
-from groundup.ops.quant import Grouped, pack_int4, quantize, quantize_groups, unpack_int4
+from groundup.ops.quant import Grouped, pack_int4, quantize, quantize_groups, row_digits, unpack_int4
 
 SCHEMES = ("int8", "int8-weight", "int4")
 GROUP = 32  # inputs that share a scale in int4
 CHUNK = 4096  # outputs quantised at a time: what is needed beside the result stays small
+DIGITS = 2  # int8 numbers that an activation becomes in int8; with one, giants among them cost too much
 AMX_ROWS = 9  # from so many rows on tiles are faster than dot products, where a processor has them
 
 
@@ -100,20 +101,20 @@ class _Native(Product):
 
 
 class NativeInt8(_Native):
-    """csrc/int8.c: dynamic_linear of ops/quant.py."""
+    """csrc/int8.c: dynamic_linear of ops/quant.py, with two digits."""
 
     def __init__(self, weight_ED: torch.Tensor, bias_E: torch.Tensor | None) -> None:
         super().__init__(weight_ED, bias_E)
         self.padded = _round_up(self.in_features, 64)
         self.panels, self.scale = _int8_panels(weight_ED, self.padded, outputs=32, offset=128)
-        self.function = _function("int8", "int8_linear", pointers=6, ints=6)
+        self.function = _function("int8", "int8_linear", pointers=6, ints=7)
         self.addresses = [self._address(t) for t in (self.panels, self.scale, self.bias)]
 
     def __call__(self, x_ND: torch.Tensor) -> torch.Tensor:
         x, n = self._floats(x_ND, self.in_features), len(x_ND)
         y_NE = x.new_empty(n, self.out_features)
-        scratch = torch.empty(_round_up(n, 32) * (self.padded + 8), dtype=torch.uint8)
-        sizes = n, self.in_features, self.padded, self.out_features, AMX_ROWS, torch.get_num_threads()
+        scratch = torch.empty(_round_up(n * DIGITS, 32) * (self.padded + 8), dtype=torch.uint8)
+        sizes = n, self.in_features, self.padded, self.out_features, DIGITS, AMX_ROWS, torch.get_num_threads()
         self.function(x.data_ptr(), *self.addresses, y_NE.data_ptr(), scratch.data_ptr(), *sizes)
         return y_NE.to(x_ND.dtype)
 
@@ -203,11 +204,11 @@ class TorchInt8(Product):
         self.q_ED, self.scale_1E = F.pad(part.q, fill), part.scale.T.contiguous()
 
     def __call__(self, x_ND: torch.Tensor) -> torch.Tensor:
-        x, n = quantize(x_ND), len(x_ND)
-        short = max(0, 32 - n) if x_ND.is_cuda else 0
-        q_ND = F.pad(x.q, (0, self.q_ED.shape[1] - self.in_features, 0, short))
-        sums_NE = torch._int_mm(q_ND, self.q_ED.T)[:n, : self.out_features]
-        y_NE = sums_NE * (x.scale * self.scale_1E)
+        (q, scale), n = row_digits(x_ND, DIGITS), len(x_ND)
+        short = max(0, 32 - DIGITS * n) if x_ND.is_cuda else 0
+        rows = F.pad(q.flatten(0, 1), (0, self.q_ED.shape[1] - self.in_features, 0, short))
+        sums = torch._int_mm(rows, self.q_ED.T)[: DIGITS * n, : self.out_features].unflatten(0, (DIGITS, n))
+        y_NE = (sums * (scale * self.scale_1E)).sum(0)
         return (y_NE if self.bias is None else y_NE + self.bias).to(x_ND.dtype)
 
 

@@ -21,6 +21,7 @@ from groundup.ops.quant import (
     qat_linear,
     quantize,
     quantize_groups,
+    row_digits,
     scale_and_zero,
     static_linear,
     to_levels,
@@ -184,6 +185,20 @@ def test_dynamic_linear_rounds_each_row_by_itself():
     torch.testing.assert_close(dynamic_linear(x[:1], part, bias), out[:1], rtol=0, atol=0)  # alone as among others
 
 
+def test_a_second_digit_keeps_what_a_giant_takes():
+    x, weight = random(5, 64), random(7, 64, seed=1, scale=0.1)
+    x[:, 3] = 300.0
+    part = quantize(weight)
+    exact = F.linear(x, part.dequantize())
+    one, two = ((dynamic_linear(x, part, digits=d) - exact).norm() for d in (1, 2))
+    assert two < one / 150  # 254 times finer, but for fp32's own rounding
+    q, scales = row_digits(x, 2)
+    assert q.dtype == torch.int8 and q.abs().max() == 127
+    assert torch.equal(q[0], quantize(x).q) and torch.equal(scales[0], quantize(x).scale)
+    assert ((scales * q).sum(0) - x).abs().max() <= scales[1].max() * 0.51
+    assert not dynamic_linear(x * 0, part, digits=2).any()
+
+
 def test_integer_products_are_exact():
     a, b = torch.full((1, 4096), 127, dtype=torch.int8), torch.full((1, 4096), -127, dtype=torch.int8)
     assert int_product(a, b).item() == -127 * 127 * 4096  # beyond what fp32 counts one by one
@@ -248,7 +263,7 @@ def test_qat_sees_what_the_quantised_layer_computes():
 
 
 def test_training_that_knows_the_rounding_loses_less():
-    """2 bits, inputs that depend on each other: weights can make up for each other's rounding if they are told of it."""
+    """2 bits, inputs that depend on each other: weights make up for each other's rounding if they are told of it."""
     x = random(256, 4, seed=3) @ random(4, 16, seed=4) + 0.1 * random(256, 16, seed=5)
     exact = random(8, 16, seed=1)
     weight = exact.clone().requires_grad_()

@@ -5,6 +5,9 @@
 // the first in the lowest bits. Every row is summed in the same order whatever rows stand beside it.
 #include <stdint.h>
 #include <string.h>
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
 #pragma GCC optimize("no-associative-math")  // or the order would differ with the number of rows
 
 typedef int32_t ints __attribute__((vector_size(64), aligned(4)));
@@ -21,6 +24,16 @@ static inline vec bf16(const uint16_t *p) {
   halves half;
   memcpy(&half, p, sizeof half);
   return (vec)(__builtin_convertvector(half, ints) << 16);
+}
+
+// Floats of the signed 4-bit numbers at bit `at` of each word.
+static inline vec nibble(ints words, const int at) {
+#if defined(__AVX512F__)
+  const __m512 level = {0, 1, 2, 3, 4, 5, 6, 7, -8, -7, -6, -5, -4, -3, -2, -1};
+  return (vec)_mm512_permutexvar_ps(_mm512_srli_epi32((__m512i)words, at), level);  // looks at the lowest 4 bits
+#else
+  return __builtin_convertvector((words << (28 - at)) >> 28, vec);
+#endif
 }
 
 // One panel with `rows` rows; bits and rows are constants. params: [groups][2][16] bf16, scale and centre, for 4 bits.
@@ -40,7 +53,7 @@ static inline __attribute__((always_inline)) void product(const int bits, const 
       memcpy(&words, w, sizeof words);
 #pragma GCC unroll 8
       for (int i = 0; i < per; i++) {
-        vec weight = __builtin_convertvector((words << (32 - bits * (i + 1))) >> (32 - bits), vec);
+        vec weight = bits == 4 ? nibble(words, 4 * i) : __builtin_convertvector((words << (24 - 8 * i)) >> 24, vec);
 #pragma GCC unroll 8
         for (int m = 0; m < rows; m++) acc[m][i % CHAINS] += weight * x[(int64_t)m * k + at + i];
       }
@@ -66,9 +79,8 @@ static inline __attribute__((always_inline)) int some(const int bits, int rows, 
   return product(bits, 1, w, params, x, sums, k, group, out), 1;
 }
 
-static inline __attribute__((always_inline)) void linear(const int bits, const float *x, const int32_t *w,
-                                                         const uint16_t *params, const float *scales, const float *bias,
-                                                         float *y, float *sums, int n, int k, int e, int group, int threads) {
+static void linear(int bits, const float *x, const int32_t *w, const uint16_t *params, const float *scales,
+                   const float *bias, float *y, float *sums, int n, int k, int e, int group, int threads) {
   const int groups = k / group;
 #pragma omp parallel num_threads(threads)
   {
@@ -88,7 +100,9 @@ static inline __attribute__((always_inline)) void linear(const int bits, const f
       int wide = e - j < 16 ? e - j : 16;
       vec out[ROWS];
       for (int m = 0, did; m < n; m += did) {
-        did = some(bits, n - m, panel, own, x + (int64_t)m * k, sums + (int64_t)m * groups, k, group, out);
+        const float *rows = x + (int64_t)m * k;
+        did = bits == 4 ? some(4, n - m, panel, own, rows, sums + (int64_t)m * groups, k, group, out)
+                        : some(8, n - m, panel, NULL, rows, NULL, k, group, out);
         for (int r = 0; r < did; r++) {
           float *to = y + (int64_t)(m + r) * e + j;
           for (int i = 0; i < wide; i++) to[i] = out[r][i] * (scales ? scales[j + i] : 1) + (bias ? bias[j + i] : 0);

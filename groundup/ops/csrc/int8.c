@@ -52,20 +52,27 @@ static inline vec dot4(vec sum, vec w, vec x) {
 #endif
 enum { WIDTH = 16 * PANELS, VECS = WIDTH / LANES, PER = 16 / LANES };
 
-// x * 127 / max |x| rounded, zeros up to k
-static void quantize_row(const float *x, int d, int k, int8_t *q, float *scale, int32_t *sum) {
+// x * 127 / max |x| rounded, zeros up to k; in a second row, if asked for, what rounding left, times 254. Their sums.
+static void quantize_row(const float *x, int d, int k, int digits, int8_t *q, float *scale, int32_t *sums) {
   float top = 0;
   for (int i = 0; i < d; i++) top = fmaxf(top, fabsf(x[i]));
   float inverse = top > 0 ? 127 / top : 0;
-  int32_t total = 0;
+  int32_t sum = 0, rest = 0;
   for (int i = 0; i < d; i++) {
     int32_t v = (int32_t)rintf(x[i] * inverse);
     q[i] = (int8_t)v;
-    total += v;
+    sum += v;
   }
-  memset(q + d, 0, k - d);
+  if (digits == 2)
+    for (int i = 0; i < d; i++) {
+      int32_t v = (int32_t)rintf((x[i] * inverse - q[i]) * 254);
+      q[k + i] = (int8_t)v;
+      rest += v;
+    }
+  for (int i = 0; i < digits; i++) memset(q + i * k + d, 0, k - d);
   *scale = top / 127;
-  *sum = total;
+  sums[0] = sum;
+  if (digits == 2) sums[1] = rest;
 }
 
 // Sums of `rows` (a constant) rows of x with PANELS panels of w.
@@ -145,37 +152,46 @@ static void tiles_on(void) {}
 static void amx_dots(const uint8_t *w, const int8_t *x, int k, int32_t out[][WIDTH]) { (void)w, (void)x, (void)k, (void)out; }
 #endif
 
-static void finish(const int32_t *sums, int32_t offset, float scale, const float *scales, const float *bias, float *y, int n) {
+// y = scale scales (first digit + second / 254) + bias; offset: what the sums still lack.
+static void finish(int digits, const int32_t *sums, const int32_t *offset, float scale, const float *scales,
+                   const float *bias, float *y, int n) {
+  for (int j = 0; j < n; j++) y[j] = (float)(sums[j] + offset[0]);
+  if (digits == 2)
+    for (int j = 0; j < n; j++) y[j] += (float)(sums[WIDTH + j] + offset[1]) * (1 / 254.0f);
+  for (int j = 0; j < n; j++) y[j] *= scale * scales[j];
   if (bias)
-    for (int j = 0; j < n; j++) y[j] = (float)(sums[j] + offset) * (scale * scales[j]) + bias[j];
-  else
-    for (int j = 0; j < n; j++) y[j] = (float)(sums[j] + offset) * (scale * scales[j]);
+    for (int j = 0; j < n; j++) y[j] += bias[j];
 }
 
-// x [n, d], w as above with e rounded up to 32 outputs, scales and bias (or NULL) [e], y [n, e].
-// scratch: n rounded up to 32, times k + 8 bytes. amx: rows from which tiles are used, 0 never.
+// x [n, d], w as above with e rounded up to 32 outputs, scales and bias (or NULL) [e], y [n, e]. digits: 1 or 2, the
+// numbers that a number of x becomes. scratch: n * digits rounded up to 32, times k + 8 bytes. amx: integer rows from which
+// tiles are used.
 void int8_linear(const float *x, const uint8_t *w, const float *scales, const float *bias, float *y, uint8_t *scratch,
-                 int n, int d, int k, int e, int amx, int threads) {
-  int padded = (n + 31) / 32 * 32, tiled = amx && n >= amx && amx_ready() ? n : 0;
+                 int n, int d, int k, int e, int digits, int amx, int threads) {
+  int rows = n * digits, padded = (rows + 31) / 32 * 32, tiled = rows >= amx && amx_ready();
   int8_t *q = (int8_t *)scratch;
-  float *row_scales = (float *)(q + (int64_t)padded * k);
-  int32_t *row_sums = (int32_t *)(row_scales + padded);
+  int32_t *sums = (int32_t *)(q + (int64_t)padded * k);
+  float *row_scales = (float *)(sums + padded);
 #pragma omp parallel num_threads(threads)
   {
 #pragma omp for
-    for (int m = 0; m < n; m++) quantize_row(x + (int64_t)m * d, d, k, q + (int64_t)m * k, row_scales + m, row_sums + m);
+    for (int m = 0; m < n; m++)
+      quantize_row(x + (int64_t)m * d, d, k, digits, q + (int64_t)m * digits * k, row_scales + m, sums + m * digits);
     if (tiled) tiles_on();
 #pragma omp for nowait
     for (int j = 0; j < e; j += WIDTH) {
       int32_t out[AMX_ROWS][WIDTH];
       const uint8_t *panel = w + (int64_t)j * k;
       int wide = e - j < WIDTH ? e - j : WIDTH;
-      for (int m = 0, did; m < n; m += did) {
-        if (tiled) amx_dots(panel, q + (int64_t)m * k, k, out), did = AMX_ROWS < n - m ? AMX_ROWS : n - m;
-        else did = some_dots(n - m, panel, q + (int64_t)m * k, row_sums + m, k, out);
-        for (int r = m; r < m + did; r++)
-          finish(out[r - m], tiled ? -128 * row_sums[r] : 0, row_scales[r], scales + j, bias ? bias + j : NULL,
-                 y + (int64_t)r * e + j, wide);
+      for (int r = 0, did; r < rows; r += did) {
+        if (tiled) amx_dots(panel, q + (int64_t)r * k, k, out), did = AMX_ROWS < rows - r ? AMX_ROWS : rows - r;
+        else did = some_dots(rows - r, panel, q + (int64_t)r * k, sums + r, k, out);
+        for (int i = 0; i < did; i += digits) {
+          int32_t offset[2] = {0, 0};
+          for (int c = 0; tiled && c < digits; c++) offset[c] = -128 * sums[r + i + c];
+          int m = (r + i) / digits;
+          finish(digits, out[i], offset, row_scales[m], scales + j, bias ? bias + j : NULL, y + (int64_t)m * e + j, wide);
+        }
       }
     }
 #if defined(__AMX_INT8__) && defined(__AVX512VNNI__) && defined(__linux__)
