@@ -161,10 +161,10 @@ class Worker:
             raise
         return handle
 
-    def check_room(self, sequences: int = 1) -> None:
+    def check_room(self) -> None:
         """Raise QueueFull or Draining when a request would be turned away now: before work is done for it."""
         with self._wake:
-            self._check_room(sequences, 0)
+            self._check_room(1, 0)
 
     async def call(self, fn: Callable[[Engine], T]) -> T:
         """Run fn(engine) in the engine's thread between two steps; its result or its exception."""
@@ -210,7 +210,8 @@ class Worker:
         if self._closed:
             raise Draining("the server is shutting down")
         wait = max(1, min(60, math.ceil(self._seconds)))
-        if sum(handle.sequences for handle in self._live) + sequences > self.capacity:
+        taken = sum(handle.sequences for handle in self._live)
+        if max(taken, len(self._inbox)) + sequences > self.capacity:  # embeddings wait in the inbox
             raise QueueFull(f"{self.capacity} answers are being computed or waiting", wait)
         most = self.limits.max_total_tokens
         if most is not None and sum(handle.tokens for handle in self._live) + tokens > most:

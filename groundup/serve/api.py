@@ -130,38 +130,36 @@ def serve(
     GROUNDUP_API_KEY, which other users of the machine cannot see. port 0: any free one. Raises UserError: no model
     folder, an adapter or draft that does not fit, a port that is taken.
     """
-    listener = listen(host, port)
-    model, tokenizer = load_pair(directory, device)
-    paths = dict(_named(adapter) for adapter in adapters)
-    engine = Engine(model, tokenizer, EngineSettings(quantize=quantize), _drafter(draft, device))
-    for adapter, path in paths.items():
-        engine.load_adapter(adapter, path)
-    limits = Limits(max_waiting, max_total_tokens, request_timeout)
-    served = Served(
-        name or Path(directory).resolve().name,
-        Worker(engine, limits),
-        tokenizer,
-        engine.context,
-        params_from_dir(directory),
-        tuple(paths),
-    )
     settings = ServerSettings(
         api_key=api_key or os.environ.get("GROUNDUP_API_KEY") or None,
         max_tokens_limit=max_tokens_limit,
         cors_origins=tuple(cors_origins),
         drain_seconds=drain_seconds,
     )
-    config = uvicorn.Config(
-        create_app([served], settings), log_level="warning", timeout_graceful_shutdown=LAST_WORDS, server_header=False
-    )
-    Server(config, [served], settings).run(sockets=[listener])
+    with listen(host, port) as listener:
+        model, tokenizer = load_pair(directory, device)
+        engine = Engine(model, tokenizer, EngineSettings(quantize=quantize), _drafter(draft, device))
+        names = [_load_adapter(engine, adapter) for adapter in adapters]
+        served = Served(
+            name or Path(directory).resolve().name,
+            Worker(engine, Limits(max_waiting, max_total_tokens, request_timeout)),
+            tokenizer,
+            engine.context,
+            params_from_dir(directory),
+            tuple(names),
+        )
+        app = create_app([served], settings)
+        config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS, server_header=False)
+        Server(config, [served], settings).run(sockets=[listener])
 
 
-def _named(adapter: str) -> tuple[str, str]:
+def _load_adapter(engine: Engine, adapter: str) -> str:
+    """Load NAME=PATH and return its name."""
     name, _, path = adapter.partition("=")
     if not name or not path:
         raise UserError("--adapter", f"{adapter!r} names no folder", "write NAME=PATH")
-    return name, path
+    engine.load_adapter(name, path)
+    return name
 
 
 def _drafter(draft: str | None, device: str) -> Drafter | None:

@@ -34,7 +34,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     api = context(request)
     served, adapter = api.models.find(body.model)
     clock = api.clock(served)
-    served.worker.check_room(body.n or 1)
+    served.worker.check_room()
     tools = tool_dicts(body) if offered_tools(body) else None
     prompt = await run_in_threadpool(chat_prompt, served, body.messages, tools, enable_thinking(body))
     check_context(served, [prompt], "messages")

@@ -35,8 +35,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     api = context(request)
     served, adapter = api.models.find(body.model)
     clock = api.clock(served)
-    each = body.best_of or body.n or 1
-    served.worker.check_room(each)
+    served.worker.check_room()
     prompts = await run_in_threadpool(text_prompts, served, body.prompt)
     check_context(served, prompts, "prompt")
     params = completion_params(body, served, api.settings, min(len(prompt.ids) for prompt in prompts))

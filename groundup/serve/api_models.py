@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from groundup.errors import UserError
 from groundup.infer.params import SamplingParams
 from groundup.serve.api_errors import ApiError
 
@@ -49,7 +50,7 @@ class ServerSettings:
 
 
 class Models:
-    """All that is served, by name; the first is the default."""
+    """All that is served, by name; the first is the default. Raises UserError where two have one name."""
 
     def __init__(self, served: Sequence[Served]) -> None:
         self.served = list(served)
@@ -57,7 +58,7 @@ class Models:
         for one in served:
             for name, adapter in [(one.name, None), *((name, name) for name in one.adapters)]:
                 if name in self._by_name:
-                    raise ValueError(f"two models are called {name!r}")
+                    raise UserError(name, "two models have this name", "give one of them another")
                 self._by_name[name] = (one, adapter)
 
     def find(self, name: str | None) -> tuple[Served, str | None]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +61,15 @@ class Api:
         tokenizer: Tokenizer,
         settings: ServerSettings | None = None,
         limits: Limits | None = None,
+        adapters: Mapping[str, Path] | None = None,
         **engine: Any,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.engine = Engine(model, tokenizer, EngineSettings(num_blocks=256, **engine))
         self.worker = Worker(self.engine, limits)
-        self.served = Served("tiny", self.worker, tokenizer, self.engine.context)
+        for name, path in (adapters or {}).items():
+            self.engine.load_adapter(name, path)
+        self.served = Served("tiny", self.worker, tokenizer, self.engine.context, adapters=tuple(adapters or ()))
         self.app = create_app([self.served], settings)
         listener = listen("127.0.0.1", 0)
         self.port = listener.getsockname()[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -15,12 +16,16 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
+import torch
 from api_server import Api, Steps, api, pair, save_pair, steps  # noqa: F401  (fixtures)
+from safetensors.torch import save_file
 
 from groundup.errors import UserError
+from groundup.infer.generate import generate
+from groundup.infer.params import SamplingParams
 from groundup.infer.worker import Limits
 from groundup.serve.api import listen, serve
-from groundup.serve.api_models import ServerSettings
+from groundup.serve.api_models import Models, ServerSettings
 
 CHAT = {"messages": [{"role": "user", "content": "The cat"}]}
 LONG = {**CHAT, "max_tokens": 500, "ignore_eos": True}
@@ -295,3 +300,62 @@ def test_tokens_are_sent_at_once() -> None:
     """The server's side of a connection does not gather small writes (asyncio looks at the listener's protocol)."""
     with listen("127.0.0.1", 0) as listener:
         assert listener.proto == socket.IPPROTO_TCP
+
+
+def test_adapters_are_models_of_their_own(pair, tmp_path: Path) -> None:  # noqa: F811
+    """Named like a model, they answer as the base with their weights merged in, beside it and in the same batch."""
+    model, tokenizer = pair
+    a, b = torch.randn(2, 32, generator=torch.Generator().manual_seed(1)), torch.ones(64, 2)
+    key = "base_model.model.model.layers.0.self_attn.q_proj"
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "target_modules": ["q_proj"], "bias": "none"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    save_file({f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}, tmp_path / "adapter_model.safetensors")
+    merged = copy.deepcopy(model)
+    merged.blocks[0].self_attn.q_proj.weight.data += b @ a
+    prompt, params = [9, 8, 7, 6, 5] * 8, SamplingParams(max_tokens=20, ignore_eos=True)
+    wanted = {"tiny": generate(model, tokenizer, [prompt], params)[0].text}
+    wanted["poet"] = generate(merged, tokenizer, [prompt], params)[0].text
+    assert wanted["poet"] != wanted["tiny"]
+    api = Api(copy.deepcopy(model), tokenizer, adapters={"poet": tmp_path})  # noqa: F811
+    cards = {card.id: card for card in api.client.models.list().data}
+    assert (cards["poet"].parent, cards["tiny"].parent) == ("tiny", None)
+
+    def ask(name: str) -> tuple[str, str]:
+        answer = api.client.completions.create(
+            model=name, prompt=prompt, max_tokens=20, extra_body={"ignore_eos": True}
+        )
+        return answer.model, answer.choices[0].text
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, ["tiny", "poet"] * 4)) == list(wanted.items()) * 4
+    assert api.post("/v1/embeddings", {"model": "poet", "input": "x"}).status_code == 400
+    api.close()
+    with pytest.raises(UserError, match="two models have this name"):
+        Models([api.served, api.served])
+
+
+def test_a_short_soak(api: Api) -> None:  # noqa: F811
+    """Mixed requests at once, some given up, some bad: every answer is the one given alone, and no block is left."""
+
+    def body(i: int) -> dict:
+        text = "The cat sat. " * (1 + i % 4)
+        more = {"temperature": 1.0, "seed": i} if i % 3 else {}
+        return {"messages": [{"role": "user", "content": text}], "max_tokens": 10 + i % 30, **more}
+
+    def ask(i: int) -> object:
+        if i % 8 == 3:
+            return api.post("/v1/chat/completions", {**body(i), "top_p": 7}).status_code
+        if i % 8 == 5:
+            with api.http.stream("POST", "/v1/chat/completions", json={**body(i), "stream": True}) as answer:
+                return next(answer.iter_lines())[:5]
+        if i % 2:
+            pieces = api.events("/v1/chat/completions", body(i))
+            return "".join(c["choices"][0]["delta"].get("content") or "" for c in pieces)
+        return api.post("/v1/chat/completions", body(i)).json()["choices"][0]["message"]["content"]
+
+    alone = [ask(i) for i in range(48)]
+    with ThreadPoolExecutor(16) as pool:
+        assert list(pool.map(ask, range(48))) == alone
+    api.wait_idle()
+    assert api.engine.stats()["blocks_used"] == 0
+    assert alone.count(400) == 6
