@@ -148,7 +148,7 @@ def test_ctrl_c_at_the_prompt_says_how_to_leave(talk, monkeypatch) -> None:
     out = io.StringIO()
 
     tokenizer = SimpleNamespace(render=lambda *a, **k: SimpleNamespace(ids=[1]), decode=lambda ids: "")
-    fake = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=99))
+    engine = SimpleNamespace(context=99, tokenizer=tokenizer)
     chat_loop(engine, Conversation(SamplingParams()), Screen(out, out, tty=True))  # type: ignore[arg-type]
     assert "/exit leaves" in out.getvalue()
     assert "hello" in out.getvalue()
