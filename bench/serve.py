@@ -66,7 +66,7 @@ def one_part(part: str, folder: Path, options: Options, material: Material, cons
     name = display_name(folder)
     found |= {"parameters": programs.parameters, "missing": programs.missing}
     Console().print(PARTS[part].show(name, found))
-    return {"models": {name: found}, "runs": [about(part, name, options, material, before)]}
+    return {"models": {name: found}, "runs": [about(part, name, programs.parameters, options, material, before)]}
 
 
 def display_name(folder: Path) -> str:
@@ -75,7 +75,9 @@ def display_name(folder: Path) -> str:
     return f"{folder.parent.name}/{folder.name}" if folder.name in ("sft", "pretrain") else folder.name
 
 
-def about(part: str, model: str, options: Options, material: Material, before: list[float]) -> dict[str, Any]:
+def about(
+    part: str, model: str, parameters: int, options: Options, material: Material, before: list[float]
+) -> dict[str, Any]:
     """Where these figures come from."""
     from groundup.device import describe
 
@@ -87,7 +89,7 @@ def about(part: str, model: str, options: Options, material: Material, before: l
         "load_before": before,
         "load_after": load(),
         "data": material.source["text"],
-        "rounds": options.rounds,
+        "rounds": options.turns(parameters),
         "prompt": options.prompt,
         "new": options.new,
     }
@@ -145,7 +147,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--only", type=names, default=tuple(PARTS), help=f"parts to run, of {', '.join(PARTS)}")
     add("--programs", type=names, default=DEFAULT, help=f"of {', '.join(PROGRAMS)} (default: all but ours-http)")
     add("--quick", action="store_true", help="one short round of everything: does it run, not how fast")
-    add("--rounds", type=int, help=f"turns for each program (default {Options.rounds})")
+    add("--rounds", type=int, help="turns for each program (default 3, of a small model 9)")
     add("--requests", type=numbers, help="how many at once (default 1,8,32)")
     add("--prompt", type=int, help=f"tokens of a prompt (default {Options.prompt})")
     add("--new", type=int, help=f"tokens of an answer (default {Options.new})")

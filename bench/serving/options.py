@@ -19,21 +19,27 @@ PROGRAMS = {
 OPTIONAL = ("ours-http",)  # measured when it is named
 DEFAULT = tuple(name for name in PROGRAMS if name not in OPTIONAL)
 FP32 = ("ours-fp32", "ours-http", "transformers", "llamacpp-f32", "vllm", "onnx")  # must say the same
+LARGE = 50_000_000  # parameters: SmolLM2 has 135M, a quickstart model 1 to 5M
+ROUNDS = {"large": 3, "small": 9}
 
 
 @dataclass(frozen=True)
 class Options:
-    """rounds: turns that each program gets at each number of requests. prompt, new: tokens of a request."""
+    """rounds: turns that each program gets at each number of requests; 0: ROUNDS. prompt, new: tokens of a request."""
 
     work: Path
     programs: tuple[str, ...] = DEFAULT
     requests: tuple[int, ...] = (1, 8, 32)
-    rounds: int = 3
+    rounds: int = 0
     prompt: int = 128
     new: int = 128
     shared: int = 1000
     threads: int = 2
     eager: bool = False
+
+    def turns(self, parameters: int) -> int:
+        """A small model's turns are short, so it gets more of them."""
+        return self.rounds or ROUNDS["large" if parameters >= LARGE else "small"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,6 @@ class Aim:
     at_least: float
 
 
-LARGE = 50_000_000  # parameters: SmolLM2 has 135M, a quickstart model 1 to 5M
 AIMS = (
     Aim(True, 8, "ours-fp32", "llamacpp-f32", 1.0),
     Aim(True, 8, "ours-fp32", "transformers", 2.0),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from typing import Any
 
 from bench.serving.client import ServerProcess, at_once, free_port, get, post
@@ -23,16 +24,16 @@ class OursHttp(Server):
         def one(place: int) -> None:
             body = {"model": self.name, "prompt": prompts[place], "max_tokens": new, "temperature": 0,
                     "ignore_eos": True, "stream": True, "stream_options": {"include_usage": True}}  # fmt: skip
-            pieces = 0
+            times, tokens = [], 0
             for event in post(self.server.address, "/v1/completions", body).events():
                 if event == "[DONE]":
                     break
                 chunk = json.loads(event)
-                if chunk.get("usage"):  # text held back is made up for: the server says how many tokens it was
-                    pieces = chunk["usage"]["completion_tokens"]
-                elif chunk["choices"] and chunk["choices"][0].get("text"):
-                    pieces += 1
-                watch.came(place, [], pieces)
+                if chunk.get("usage"):
+                    tokens = chunk["usage"]["completion_tokens"]
+                elif chunk["choices"] and chunk["choices"][0].get("text"):  # bytes of half a character are held back
+                    times.append(time.perf_counter())
+            watch.spread(place, times or [time.perf_counter()], tokens)
 
         at_once(len(prompts), one)
 

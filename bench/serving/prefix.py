@@ -30,7 +30,7 @@ def run(programs: Programs, prompts: Prompts, options: Options, say: Callable[[s
     names = tuple(name for name in options.programs if name in REMEMBER)
     running = programs.start(names, 1, shared + OWN + 8, warmup)
     try:
-        for number in range(max(3, options.rounds)):
+        for number in range(max(3, options.turns(programs.parameters))):
             text = prompts.one(shared)
             asks = [json.dumps(warmup | {"prompts": [text + prompts.one(OWN)]}) for _ in range(2)]
             shift = number % max(1, len(running))

@@ -36,7 +36,7 @@ def level(programs: Programs, prompts: Prompts, options: Options, requests: int)
             return json.dumps(warmup | {"prompts": prompts.take(requests, options.prompt), "new": options.new})
 
         if running:
-            take_turns(running, options.rounds, ask)
+            take_turns(running, options.turns(programs.parameters), ask)
         return summary(running)
     except ProgramFailed as why:
         raise ProgramFailed(f"at {requests} requests: {why}") from None

@@ -130,6 +130,14 @@ def test_a_watch_follows_the_server_s_own_count():
     assert watch.ids == [[7, 8]]
 
 
+def test_pieces_of_unknown_size_share_the_tokens():
+    watch = Watch(1)
+    watch.spread(0, [watch.began + 1.0, watch.began + 2.0, watch.began + 4.0], 7)
+    assert [count for _, count in watch.stamps[0]] == [2, 4, 7]
+    assert watch.figures()["tokens"] == 7
+    assert watch.figures()["ttft_p50"] == pytest.approx(1000)
+
+
 def test_percentiles_are_numpy_s():
     values = [3.0, 1.0, 8.0, 2.5, 9.0, 4.0]
     for share in (0, 5, 50, 95, 100):
