@@ -14,10 +14,27 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
-SHORTER = {r"--minutes \d+": "--minutes 0.02", r"train\.steps=\d+": "train.steps=2", r'"steps": 10': '"steps": 1'}
+SHORTER = {r"--port 8000": "--port 0", r"--minutes \d+": "--minutes 0.02", r"train\.steps=\d+": "train.steps=2", r'"steps": 10': '"steps": 1'}
 MADE_BY_MAKE = {"make demo", "make test"}
 # What only a CUDA machine with an index of its own can run, and the line that enters the environment.
 LEFT_OUT = ("python3 -m venv", ".venv/bin/python -m pip install", "source ")
+
+
+# tests/serve/test_page_browser.py opens it.
+IN_A_BROWSER = "groundup ui"
+
+
+def serve_and_stop(arguments: list[str], folder: Path, environment: dict[str, str]) -> None:
+    """It says where it serves, and ends cleanly when told to."""
+    with subprocess.Popen(arguments, cwd=folder, env=environment, stderr=subprocess.PIPE, text=True) as server:
+        assert server.stderr is not None
+        said = ""
+        while "http://" not in said:
+            line = server.stderr.readline()
+            assert line, said
+            said += line
+        server.terminate()
+        assert server.wait(60) == 0
 
 
 def blocks(readme: str, language: str) -> list[str]:
@@ -74,7 +91,10 @@ def test_every_command_of_the_readme(tmp_path: Path) -> None:
         "tokenizer", "pretrain", "sft",
     ]  # fmt: skip
     for command in commands(READMES[0]):
-        if command in MADE_BY_MAKE:
+        if command in MADE_BY_MAKE or command.startswith(IN_A_BROWSER):
+            continue
+        if command.startswith("groundup serve"):
+            serve_and_stop(shlex.split(shorter(command)), tmp_path, environment)
             continue
         if command.startswith("groundup chat"):
             command = f"sh -c {shlex.quote(f'echo hello | {command}')}"
