@@ -90,6 +90,16 @@ def keep_memory() -> bool:
         return False
 
 
+def return_memory() -> None:
+    """Give memory that was freed back to the system now, where the C library keeps it (glibc does)."""
+    import ctypes
+
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    except (OSError, AttributeError):  # another C library
+        return
+
+
 @functools.lru_cache(maxsize=8)
 def peak_flops(device: str = "cpu", dtype_name: str = "fp32", seconds: float = 0.4, size: int | None = None) -> float:
     """The matrix-product rate this machine reaches now, in FLOP/s: the best of repeated square products.

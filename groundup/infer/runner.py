@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from groundup.device import return_memory
 from groundup.infer.adapters import Adapter, Rows, add_deltas, load_adapter
 from groundup.infer.fused import fuse, product
 from groundup.infer.paged import PagedCache, PagedRows
@@ -30,6 +31,7 @@ class Runner:
             _replace_linears(model, quantize)
         with torch.no_grad():
             self._head = product(weight.detach(), None, quantize)
+        return_memory()  # of the matrices that were joined, or quantised
 
     def hidden(self, work: Ids[Work]) -> torch.Tensor:
         """Hidden states of all tokens of the work, piece after piece, [N, D]; their keys and values are stored."""

@@ -6,6 +6,7 @@ import json
 import os
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,6 +18,7 @@ from groundup.model.config import ModelConfig
 from groundup.model.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+TENSORS_AT_ONCE = 16
 
 
 def load_model(
@@ -97,24 +99,41 @@ def _weight_files(directory: Path) -> list[Path]:
 def _read(
     path: Path, wanted: dict[str, torch.nn.Parameter], device: torch.device, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
-    """The wanted tensors of one file, checked against the model's shapes and moved one at a time."""
+    """The wanted tensors of one file, checked against the model's shapes and moved one at a time.
+
+    The file is opened anew every few tensors: what was read of a mapped file counts as memory until it is closed.
+    """
     found: dict[str, torch.Tensor] = {}
     try:
         with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118  (a safe_open is no dict)
-                if (name == "lm_head.weight" and name not in wanted) or name.endswith("rotary_emb.inv_freq"):
-                    continue  # a tied head stored twice; a buffer of old checkpoints
-                if name not in wanted:
-                    raise UserError(path, f"holds {name}, which this architecture has not", "check its config.json")
-                shape = tuple(file.get_slice(name).get_shape())
-                if shape != tuple(wanted[name].shape):
-                    expected = tuple(wanted[name].shape)
-                    raise UserError(path, f"{name} is {shape}, config.json says {expected}", "fetch the model again")
-                tensor = file.get_tensor(name)
-                half_on_cpu = device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
-                target = dtype or (torch.float32 if half_on_cpu else tensor.dtype)
-                # clone: a tensor that still lives in the mapped file would change when the file does
-                found[name] = tensor.to(device, target) if target != tensor.dtype else tensor.clone().to(device)
+            names = list(file.keys())
+        for start in range(0, len(names), TENSORS_AT_ONCE):
+            with safe_open(path, framework="pt") as file:
+                for name in names[start : start + TENSORS_AT_ONCE]:
+                    if (name == "lm_head.weight" and name not in wanted) or name.endswith("rotary_emb.inv_freq"):
+                        continue  # a tied head stored twice; a buffer of old checkpoints
+                    found[name] = _tensor(file, path, name, wanted, device, dtype)
     except (SafetensorError, OSError) as error:
         raise UserError(path, f"damaged or not safetensors ({error})", "fetch or save the model again") from None
     return found
+
+
+def _tensor(
+    file: Any,
+    path: Path,
+    name: str,
+    wanted: dict[str, torch.nn.Parameter],
+    device: torch.device,
+    dtype: torch.dtype | None,
+) -> torch.Tensor:
+    if name not in wanted:
+        raise UserError(path, f"holds {name}, which this architecture has not", "check its config.json")
+    shape = tuple(file.get_slice(name).get_shape())
+    if shape != tuple(wanted[name].shape):
+        expected = tuple(wanted[name].shape)
+        raise UserError(path, f"{name} is {shape}, config.json says {expected}", "fetch the model again")
+    tensor = file.get_tensor(name)
+    half_on_cpu = device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
+    target = dtype or (torch.float32 if half_on_cpu else tensor.dtype)
+    # clone: a tensor that still lives in the mapped file would change when the file does
+    return tensor.to(device, target) if target != tensor.dtype else tensor.clone().to(device)
