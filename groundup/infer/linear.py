@@ -68,6 +68,14 @@ def make_linear(weight_ED: torch.Tensor, bias_E: torch.Tensor | None, scheme: st
     return kinds[scheme](weight_ED, bias_E)
 
 
+def head_scheme(scheme: str | None) -> str | None:
+    """The scheme of the output head: 8 bits where the blocks have 4.
+
+    Its rounding goes straight into the logits. SmolLM2-135M with nothing but the head in 4 bits: KL 0.053; in 8: 0.002.
+    """
+    return "int8" if scheme == "int4" else scheme
+
+
 class Plain(Product):
     """No quantisation."""
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from groundup.data.batch import Batch
-from groundup.infer.linear import Product, make_linear
+from groundup.infer.linear import Product, head_scheme, make_linear
 from groundup.model.transformer import Transformer
 
 Logits = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
@@ -35,7 +35,7 @@ class Quantized(nn.Module):
         super().__init__()
         shared: dict[int, object] = {id(p): p for p in model.parameters()}
         self.model = copy.deepcopy(model, shared)
-        self.head = make_linear(model.head_weight.detach(), None, scheme)
+        self.head = make_linear(model.head_weight.detach(), None, head_scheme(scheme))
         for part in [part for block in self.model.blocks for part in block.modules()]:
             for name, layer in list(part.named_children()):
                 if type(layer) is nn.Linear:

@@ -11,6 +11,7 @@ from torch import nn
 from groundup.device import return_memory
 from groundup.infer.adapters import Adapter, Rows, add_deltas, load_adapter
 from groundup.infer.fused import fuse, product
+from groundup.infer.graphs import DecodeGraphs
 from groundup.infer.paged import PagedCache, PagedRows
 from groundup.infer.quality import QuantizedLinear
 from groundup.infer.scheduler import Work
@@ -23,7 +24,9 @@ class Runner:
     def __init__(self, model: Transformer, num_blocks: int, block_size: int, quantize: str | None = None) -> None:
         weight = model.head_weight
         self.model, self.device = model, weight.device
-        self.cache = PagedCache(model.config, num_blocks, block_size, weight.device, weight.dtype)
+        scratch = num_blocks  # one block more, for recorded steps to write nothing to
+        self.cache = PagedCache(model.config, num_blocks + 1, block_size, weight.device, weight.dtype)
+        self.graphs = DecodeGraphs(model, scratch) if weight.device.type == "cuda" else None
         self.adapters: dict[str, Adapter] = {}
         self._rows: PagedRows | None = None
         self._fused = fuse(model, quantize)
@@ -40,7 +43,11 @@ class Runner:
         starts, counts = [item.start for item in work], [len(item) for item in work]
         ids_N = torch.tensor(ids, device=self.device)
         self._rows = rows = PagedRows(self.cache, tables, starts, counts, self._adapted(work))
-        return self._fused.hidden(ids_N, rows) if self._fused else self.model.hidden(ids_N[None], cache=rows)[0]
+        if self._fused is not None:
+            return self._fused.hidden(ids_N, rows)
+        if self.graphs is not None and not rows.adapters and all(len(item) == 1 for item in work):
+            return self.graphs.hidden(ids_N, rows)
+        return self.model.hidden(ids_N[None], cache=rows)[0]
 
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Let requests name this LoRA adapter. UserError where it does not fit the model."""

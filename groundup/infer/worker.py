@@ -68,10 +68,16 @@ class Handle:
     """The answers to one submit. Iterate over its Deltas; after the last one the iteration ends.
 
     It raises instead: EngineFailed, RequestTimeout, Draining, Aborted. requests: one a prompt, in their order.
+    whole: the Deltas come all at once, at the end. first_token: when the first one was made (time.monotonic).
     """
 
-    def __init__(self, worker: Worker, prompts: Sequence[Sequence[int]], params: SamplingParams) -> None:
+    def __init__(
+        self, worker: Worker, prompts: Sequence[Sequence[int]], params: SamplingParams, whole: bool = False
+    ) -> None:
         self.requests: list[Request] = []
+        self.whole = whole
+        self.held: list[Delta] = []
+        self.first_token: float | None = None
         self.sequences = len(prompts) * params.n
         self.tokens = sum(len(prompt) for prompt in prompts) + self.sequences * params.max_tokens
         self.started = time.monotonic()
@@ -145,12 +151,14 @@ class Worker:
         params: SamplingParams,
         adapter: str | None = None,
         tenant: str | None = None,
+        whole: bool = False,
     ) -> Handle:
-        """Take all prompts or none, and return when the engine has them. adapter, tenant: as in Engine.add.
+        """Take all prompts or none, and return when the engine has them.
 
+        adapter, tenant: as in Engine.add. whole: nobody waits for single tokens, so the event loop is left alone.
         Raises QueueFull, Draining, or what Engine.add raises (UserError: a prompt that cannot be answered).
         """
-        handle = Handle(self, prompts, params)
+        handle = Handle(self, prompts, params, whole)
         with self._wake:
             self._check_room(handle.sequences, handle.tokens)
             self._live[handle] = None
@@ -297,14 +305,18 @@ class Worker:
                 self._forget(handle)
                 letters.append((handle, EngineFailed("the engine failed on this request")))
                 continue
-            letters.append((handle, delta))
-            if delta.finish_reason:
-                handle.unfinished -= 1
-                if not handle.unfinished:
-                    self._forget(handle)
-                    letters.append((handle, None))
+            handle.first_token = handle.first_token or time.monotonic()
+            handle.unfinished -= bool(delta.finish_reason)
+            if handle.whole:
+                handle.held.append(delta)
+            else:
+                letters.append((handle, delta))
+            if not handle.unfinished:
+                self._forget(handle)
+                letters += [*((handle, held) for held in handle.held), (handle, None)]
         for loop, letters in mail.items():
-            _tell(loop, _deliver, letters)
+            if letters:
+                _tell(loop, _deliver, letters)
 
     def _expire(self) -> None:
         limit = self.limits.request_timeout

@@ -11,6 +11,7 @@ import torch
 
 from groundup.errors import UserError
 from groundup.infer.engine import Engine, EngineSettings, Request
+from groundup.infer.graphs import DecodeGraphs
 from groundup.infer.params import SamplingParams
 from groundup.infer.speculate import ModelDrafter, NgramDrafter
 from groundup.model.config import ModelConfig
@@ -91,6 +92,26 @@ def test_the_plain_path_answers_the_same(model: Transformer, tokenizer: Tokenize
         assert request.completions()[0].ids == alone(model, prompt, 12)
 
 
+def test_recorded_steps_answer_the_same(model: Transformer, tokenizer: Tokenizer, monkeypatch) -> None:
+    """What a CUDA graph does, with a stand-in that runs the same function over the same tensors again."""
+    for place in ("infer.fused", "ops.paged", "ops.linear"):
+        monkeypatch.setattr(f"groundup.{place}.native", lambda name: None)
+    recorded = []
+
+    def record(function):
+        out = function()
+        recorded.append(1)
+        return lambda: out.copy_(function()), out
+
+    engine = Engine(model, tokenizer, TIGHT)
+    engine.runner.graphs = DecodeGraphs(model, TIGHT.num_blocks, record)
+    prompts = many_prompts(tokenizer.vocab_size, 25, seed=2)
+    requests = run(engine, prompts, [SamplingParams(max_tokens=12, ignore_eos=True)] * 25)
+    for request, prompt in zip(requests, prompts, strict=True):
+        assert request.completions()[0].ids == alone(model, prompt, 12)
+    assert 2 < len(recorded) < 20
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_the_other_families(family: str, tokenizer: Tokenizer) -> None:
     """No QK-norm; biases on q, k and v; an untied head; sizes that no vector register divides."""
@@ -120,7 +141,7 @@ def test_sampled_answers_do_not_depend_on_the_load(model: Transformer, tokenizer
     ]
     crowded = run(Engine(model, tokenizer, TIGHT), prompts, params)
     for prompt, wanted, request in zip(prompts, params, crowded, strict=True):
-        (quiet,) = run(Engine(model, tokenizer), [prompt], [wanted])
+        (quiet,) = run(Engine(model, tokenizer, EngineSettings(block_size=4)), [prompt], [wanted])
         assert request.completions() == quiet.completions()
 
 
