@@ -39,7 +39,7 @@ async def chat_completions(request: Request, body: ChatRequest) -> Response:
     prompt = await run_in_threadpool(chat_prompt, served, body.messages, tools, enable_thinking(body))
     check_context(served, [prompt], "messages")
     params = chat_params(body, served, api.settings, prompt)
-    handle = await api.submit(served, [prompt], params, adapter, body.cache_salt)
+    handle = await api.submit(served, [prompt], params, adapter, body.cache_salt, not body.stream)
     view = ChatView(body, adapter or served.name, served, prompt, handle)
     return await respond(request, handle, view, clock, bool(body.stream), view.include_usage)
 

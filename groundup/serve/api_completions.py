@@ -39,7 +39,7 @@ async def completions(request: Request, body: CompletionRequest) -> Response:
     prompts = await run_in_threadpool(text_prompts, served, body.prompt)
     check_context(served, prompts, "prompt")
     params = completion_params(body, served, api.settings, min(len(prompt.ids) for prompt in prompts))
-    handle = await api.submit(served, prompts, params, adapter, body.cache_salt)
+    handle = await api.submit(served, prompts, params, adapter, body.cache_salt, not body.stream)
     view = CompletionView(body, adapter or served.name, served, prompts, handle)
     return await respond(request, handle, view, clock, bool(body.stream), view.include_usage)
 

@@ -38,6 +38,7 @@ class Context:
         params: SamplingParams,
         adapter: str | None = None,
         tenant: str | None = None,
+        whole: bool = False,
     ) -> Handle:
         """Give prompts to the engine. Raises ApiError where they could never be taken, QueueFull where not now."""
         answers = len(prompts) * params.n
@@ -49,7 +50,7 @@ class Context:
         if most is not None and tokens > most:
             why = f"prompts and answers may come to {tokens} tokens; this server takes {most} in all"
             raise bad("max_tokens", f"max_tokens: {why}")
-        return await served.worker.submit([prompt.ids for prompt in prompts], params, adapter, tenant)
+        return await served.worker.submit([prompt.ids for prompt in prompts], params, adapter, tenant, whole)
 
 
 def context(request: Request) -> Context:

@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from groundup.serve.api_models import Served
 
 if TYPE_CHECKING:
-    from groundup.infer.sequence import Delta
+    from groundup.infer.worker import Handle
 
 GAUGES = {
     "running": "Answers that are computed side by side",
@@ -47,7 +47,7 @@ class Metrics:
             buckets=_SLOW, registry=self.registry,
         )  # fmt: skip
         self.per_token = Histogram(
-            "groundup_time_per_output_token_seconds", "Between the tokens of an answer, its mean", ["model"],
+            "groundup_time_per_output_token_seconds", "Between two tokens of an answer, its mean", ["model"],
             buckets=_FAST, registry=self.registry,
         )  # fmt: skip
         self.whole = Histogram(
@@ -65,21 +65,16 @@ class Clock:
 
     def __init__(self, metrics: Metrics, model: str) -> None:
         self._metrics, self._model = metrics, model
-        self._start = time.perf_counter()
-        self._first: float | None = None
-        self._tokens = 0
+        self._start = time.monotonic()
 
-    def saw(self, delta: Delta) -> None:
-        if self._first is None:
-            self._first = time.perf_counter()
-            self._metrics.first_token.labels(self._model).observe(self._first - self._start)
-        self._tokens += len(delta.ids)
-
-    def finished(self) -> None:
-        now = time.perf_counter()
+    def finished(self, handle: Handle) -> None:
+        """All was said. The time per token is that of one answer, where there are several side by side."""
+        now, first = time.monotonic(), handle.first_token or self._start
+        steps = max(len(sequence.output_ids) for request in handle.requests for sequence in request.sequences) - 1
+        self._metrics.first_token.labels(self._model).observe(first - self._start)
         self._metrics.whole.labels(self._model).observe(now - self._start)
-        if self._first is not None and self._tokens > 1:
-            self._metrics.per_token.labels(self._model).observe((now - self._first) / (self._tokens - 1))
+        if steps > 0:
+            self._metrics.per_token.labels(self._model).observe((now - first) / steps)
 
 
 class CountRequests:

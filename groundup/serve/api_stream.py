@@ -49,13 +49,11 @@ async def respond(
     try:
         async with ends_with_client(request.receive, handle):
             first = await anext(handle)
-            clock.saw(first)
             if not stream:
                 view.chunks(first)
                 async for delta in handle:
-                    clock.saw(delta)
                     view.chunks(delta)
-                clock.finished()
+                clock.finished(handle)
                 return json_response(view.whole())
     except BaseException:
         handle.abort()
@@ -100,7 +98,9 @@ async def ends_with_client(receive: Receive, handle: Handle) -> AsyncIterator[No
 
 
 def event(chunk: dict[str, Any]) -> bytes:
-    text = json.dumps(chunk, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(_LINES)
+    text = json.dumps(chunk, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    if not text.isascii():
+        text = text.translate(_LINES)
     return b"data: " + text.encode("utf-8", "replace") + b"\n\n"
 
 
@@ -109,11 +109,10 @@ async def _events(handle: Handle, first: Delta, view: View, clock: Clock, includ
         for chunk in [*view.opening(), *view.chunks(first)]:
             yield event(chunk)
         async for delta in handle:
-            clock.saw(delta)
             chunks = view.chunks(delta)
             if chunks:
                 yield b"".join(map(event, chunks))
-        clock.finished()
+        clock.finished(handle)
         if include_usage:
             yield event(view.usage_chunk())
     except Aborted:

@@ -132,6 +132,25 @@ def test_several_prompts_and_answers_in_one_submit(worker: Worker) -> None:
     asyncio.run(main())
 
 
+def test_a_whole_answer_comes_at_once(worker: Worker, engine: Counting) -> None:
+    """The loop hears nothing before the last token."""
+    engine.gate = threading.Semaphore(0)
+
+    async def main() -> None:
+        handle = await worker.submit([[1]], params(3, n=2), whole=True)
+        other = asyncio.create_task(worker.submit([[2]], params(9)))
+        await asyncio.sleep(0)
+        engine.gate.release(2)
+        pieces = await other
+        await anext(pieces)
+        assert handle._mail.empty() and handle.first_token is not None
+        engine.gate.release(1000)
+        assert sorted(await numbers(handle)) == [(i, k) for i in (0, 1) for k in range(3)]
+        assert len(await numbers(pieces)) == 8
+
+    asyncio.run(main())
+
+
 def test_a_bad_prompt_is_told_and_leaves_nothing_behind(worker: Worker, engine: Counting) -> None:
     async def main() -> None:
         with pytest.raises(UserError, match="is empty"):
