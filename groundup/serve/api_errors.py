@@ -124,6 +124,8 @@ def install(app: FastAPI) -> None:
         if first.get("type") == "json_invalid":
             why = first.get("ctx", {}).get("error", "it cannot be read")
             return bad(None, f"The body is not valid JSON: {why}", "invalid_json").response()
+        if first.get("loc") == ("body",) and "json" not in request.headers.get("content-type", ""):
+            return bad(None, "The body is not announced as JSON: send Content-Type: application/json").response()
         return from_validation(error.errors()).response()
 
     async def http(request: Request, error: Exception) -> Response:

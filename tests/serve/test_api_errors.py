@@ -116,7 +116,8 @@ def test_null_is_the_same_as_left_out(api: Api, path: str) -> None:  # noqa: F81
 def test_bodies_that_are_no_request(api: Api, path: str, content: bytes) -> None:  # noqa: F811
     answer = api.http.post(path, content=content, headers={"content-type": "application/json"})
     fault(answer)
-    fault(api.http.post(path, content=content, headers={"content-type": "text/plain"}))
+    plain = fault(api.http.post(path, content=content, headers={"content-type": "text/plain"}))
+    assert "Content-Type: application/json" in plain["message"]
 
 
 def test_the_path_to_a_fault_is_told(api: Api) -> None:  # noqa: F811
