@@ -104,8 +104,9 @@ class _Native(Product):
         """x as the kernels read it, padded with zeros to `width` inputs; they cannot look at its shape themselves."""
         if x_ND.ndim != 2 or x_ND.shape[1] != self.in_features:
             raise ValueError(f"x is {tuple(x_ND.shape)}, the matrix takes rows of {self.in_features}")
-        x_ND = x_ND.detach().float()
-        return F.pad(x_ND, (0, width - x_ND.shape[1])) if width != x_ND.shape[1] else x_ND.contiguous()
+        if x_ND.dtype is not torch.float32:
+            x_ND = x_ND.float()
+        return F.pad(x_ND, (0, width - self.in_features)) if width != self.in_features else x_ND.contiguous()
 
 
 class NativeInt8(_Native):
@@ -121,10 +122,10 @@ class NativeInt8(_Native):
     def __call__(self, x_ND: torch.Tensor) -> torch.Tensor:
         x, n = self._floats(x_ND, self.in_features), len(x_ND)
         y_NE = x.new_empty(n, self.out_features)
-        scratch = torch.empty(_round_up(n * DIGITS, 32) * (self.padded + 8), dtype=torch.uint8)
+        scratch = x.new_empty(_round_up(n * DIGITS, 32) * (self.padded // 4 + 2))
         sizes = n, self.in_features, self.padded, self.out_features, DIGITS, AMX_ROWS, torch.get_num_threads()
         self.function(x.data_ptr(), *self.addresses, y_NE.data_ptr(), scratch.data_ptr(), *sizes)
-        return y_NE.to(x_ND.dtype)
+        return y_NE if x_ND.dtype is torch.float32 else y_NE.to(x_ND.dtype)
 
 
 class NativeInt8Weight(_Native):
@@ -142,7 +143,7 @@ class NativeInt8Weight(_Native):
         y_NE = x.new_empty(n, self.out_features)
         sizes = n, self.padded, self.out_features, torch.get_num_threads()
         self.function(x.data_ptr(), *self.addresses, y_NE.data_ptr(), *sizes)
-        return y_NE.to(x_ND.dtype)
+        return y_NE if x_ND.dtype is torch.float32 else y_NE.to(x_ND.dtype)
 
 
 class NativeInt4(_Native):
@@ -165,7 +166,7 @@ class NativeInt4(_Native):
         y_NE, sums = x.new_empty(n, self.out_features), x.new_empty(n, self.padded // self.group)
         sizes = n, self.padded, self.out_features, self.group, torch.get_num_threads()
         self.function(x.data_ptr(), *self.addresses, y_NE.data_ptr(), sums.data_ptr(), *sizes)
-        return y_NE.to(x_ND.dtype)
+        return y_NE if x_ND.dtype is torch.float32 else y_NE.to(x_ND.dtype)
 
 
 def _int8_panels(

@@ -86,6 +86,17 @@ def test_rows_with_giants_and_zeros(scheme, way):
     assert not out[1].any() and not out[:, 7].any()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_what_is_not_a_number_stays_none(scheme, way):
+    """A model that overflows must not go on with something else; the other rows know nothing of it."""
+    product, x = make_linear(random(48, 64), None, scheme), random(4, 64)
+    clean = product(x)
+    x[1, 5], x[2, 60] = torch.nan, torch.inf
+    out = product(x)
+    assert out[1].isnan().all() and not out[2].isfinite().any()
+    assert torch.equal(out[[0, 3]], clean[[0, 3]])
+
+
 @needs_compiler
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_row_is_the_same_alone_and_among_others(scheme):
@@ -263,7 +274,7 @@ def test_the_quality_command_of_the_page_runs(model: Transformer, tokenizer, tmp
     save_model(model, tmp_path / "model")
     tokenizer.save(tmp_path / "model")
     (tmp_path / "text.txt").write_text("The cat sat on the mat. 小猫坐在垫子上。\n" * 20, encoding="utf-8")
-    monkeypatch.setattr("sys.argv", ["quality.py", str(tmp_path / "model"), str(tmp_path / "text.txt")])
+    monkeypatch.setattr("sys.argv", ["quality.py", str(tmp_path / "model"), "text", str(tmp_path / "text.txt")])
     snippets = [
         re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "learn" / page).read_text(encoding="utf-8"), re.DOTALL)[1]
         for page in ("quantisation.md", "quantisation.zh.md")
@@ -271,7 +282,7 @@ def test_the_quality_command_of_the_page_runs(model: Transformer, tokenizer, tmp
     assert snippets[0] == snippets[1]
     exec(snippets[0], {})
     printed = capsys.readouterr().out
-    assert [line.split()[0] for line in printed.splitlines()] == list(SCHEMES)
+    assert [line.split()[0] for line in printed.splitlines()] == ["None", *SCHEMES]
 
 
 @needs_compiler

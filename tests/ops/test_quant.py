@@ -109,6 +109,7 @@ def test_a_group_that_does_not_divide_is_refused():
         quantize(random(2, 32), per=5)
 
 
+@pytest.mark.filterwarnings("ignore:torch.quantize_per")
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_levels_equal_torch(symmetric):
     x, kind = random(6, 40), torch.qint8 if symmetric else torch.quint8

@@ -10,14 +10,14 @@
 #endif
 #pragma GCC optimize("no-associative-math")  // or the order would differ with the number of rows
 
-typedef int32_t ints __attribute__((vector_size(64), aligned(4)));
-typedef uint16_t halves __attribute__((vector_size(32), aligned(2)));
-typedef float vec __attribute__((vector_size(64), aligned(4), may_alias));
 #if defined(__AVX512F__)
-enum { ROWS = 8 };
+enum { W = 16, ROWS = 8 };
 #else
-enum { ROWS = 2 };  // a vec is two registers of sixteen
+enum { W = 8, ROWS = 4 };  // sixteen registers: half a panel at a time
 #endif
+typedef int32_t ints __attribute__((vector_size(4 * W), aligned(4)));
+typedef uint16_t halves __attribute__((vector_size(2 * W), aligned(2)));
+typedef float vec __attribute__((vector_size(4 * W), aligned(4), may_alias));
 enum { CHAINS = 2 };  // sums side by side, so that an addition does not wait for the last one
 
 static inline vec bf16(const uint16_t *p) {
@@ -36,7 +36,7 @@ static inline vec nibble(ints words, const int at) {
 #endif
 }
 
-// One panel with `rows` rows; bits and rows are constants. params: [groups][2][16] bf16, scale and centre, for 4 bits.
+// W outputs of a panel with `rows` rows; bits and rows are constants. params: [groups][2][16] bf16, scale and centre, for 4 bits.
 static inline __attribute__((always_inline)) void product(const int bits, const int rows, const int32_t *w,
                                                           const uint16_t *params, const float *x, const float *sums, int k,
                                                           int group, vec *out) {
@@ -88,16 +88,16 @@ static void linear(int bits, const float *x, const int32_t *w, const uint16_t *p
 #pragma omp for
       for (int64_t i = 0; i < (int64_t)n * groups; i++) {
         vec parts = {0};
-        for (int j = 0; j < group; j += 16) parts += *(const vec *)(x + i * group + j);
+        for (int j = 0; j < group; j += W) parts += *(const vec *)(x + i * group + j);
         sums[i] = 0;
-        for (int j = 0; j < 16; j++) sums[i] += parts[j];
+        for (int j = 0; j < W; j++) sums[i] += parts[j];
       }
     }
 #pragma omp for nowait
-    for (int j = 0; j < e; j += 16) {
-      const int32_t *panel = w + (int64_t)j * k * bits / 32;
-      const uint16_t *own = params ? params + (int64_t)j * groups * 2 : NULL;
-      int wide = e - j < 16 ? e - j : 16;
+    for (int j = 0; j < e; j += W) {
+      const int32_t *panel = w + (int64_t)(j / 16 * 16) * k * bits / 32 + j % 16;
+      const uint16_t *own = params ? params + (int64_t)(j / 16 * 16) * groups * 2 + j % 16 : NULL;
+      int wide = e - j < W ? e - j : W;
       vec out[ROWS];
       for (int m = 0, did; m < n; m += did) {
         const float *rows = x + (int64_t)m * k;

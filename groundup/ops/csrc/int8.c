@@ -33,10 +33,10 @@ static inline void store(int32_t *p, vec v) { _mm256_storeu_si256((__m256i *)p, 
 #if defined(__AVXVNNI__)
 static inline vec dot4(vec sum, vec w, vec x) { return _mm256_dpbusd_avx_epi32(sum, w, x); }
 #else
-static inline vec dot4(vec sum, vec w, vec x) {  // products in 16 bits would overflow; even and odd ones widened do not
-  vec even = _mm256_madd_epi16(_mm256_and_si256(w, all(0x00ff00ff)), _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8));
-  vec odd = _mm256_madd_epi16(_mm256_srli_epi16(w, 8), _mm256_srai_epi16(x, 8));
-  return _mm256_add_epi32(sum, _mm256_add_epi32(even, odd));
+#define SIGNED_WEIGHTS
+static inline vec dot4(vec sum, vec w, vec x) {  // pairs of products fit 16 bits, since neither side holds -128
+  vec pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(x), _mm256_sign_epi8(_mm256_xor_si256(w, _mm256_set1_epi8(-128)), x));
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
 #endif
 #else
@@ -50,12 +50,24 @@ static inline vec dot4(vec sum, vec w, vec x) {
   return sum;
 }
 #endif
+#if defined(SIGNED_WEIGHTS)
+enum { PLUS = 0 };
+#else
+enum { PLUS = 128 };  // what dot4 sees added to a weight
+#endif
 enum { WIDTH = 16 * PANELS, VECS = WIDTH / LANES, PER = 16 / LANES };
+
+typedef int32_t __attribute__((may_alias)) word;
 
 // x * 127 / max |x| rounded, zeros up to k; in a second row, if asked for, what rounding left, times 254. Their sums.
 static void quantize_row(const float *x, int d, int k, int digits, int8_t *q, float *scale, int32_t *sums) {
-  float top = 0;
-  for (int i = 0; i < d; i++) top = fmaxf(top, fabsf(x[i]));
+  int32_t most = 0;  // the bits of |x| are ordered as |x| is, and NaN stands above all: it spoils the row, unhidden
+  for (int i = 0; i < d; i++) {
+    int32_t bits = ((const word *)x)[i] & 0x7fffffff;
+    most = bits > most ? bits : most;
+  }
+  float top;
+  memcpy(&top, &most, sizeof top);
   float inverse = top > 0 ? 127 / top : 0;
   int32_t sum = 0, rest = 0;
   for (int i = 0; i < d; i++) {
@@ -82,7 +94,7 @@ static inline __attribute__((always_inline)) void dots(const int rows, const uin
 #pragma GCC unroll 8
   for (int m = 0; m < rows; m++)
 #pragma GCC unroll 4
-    for (int v = 0; v < VECS; v++) acc[m][v] = all(-128 * sums[m]);
+    for (int v = 0; v < VECS; v++) acc[m][v] = all(-PLUS * sums[m]);
   for (int i = 0; i < k; i += 4) {
     vec weights[VECS];
 #pragma GCC unroll 4
@@ -188,7 +200,7 @@ void int8_linear(const float *x, const uint8_t *w, const float *scales, const fl
         else did = some_dots(rows - r, panel, q + (int64_t)r * k, sums + r, k, out);
         for (int i = 0; i < did; i += digits) {
           int32_t offset[2] = {0, 0};
-          for (int c = 0; tiled && c < digits; c++) offset[c] = -128 * sums[r + i + c];
+          for (int c = 0; tiled && c < digits; c++) offset[c] = -PLUS * sums[r + i + c];
           int m = (r + i) / digits;
           finish(digits, out[i], offset, row_scales[m], scales + j, bias ? bias + j : NULL, y + (int64_t)m * e + j, wide);
         }
