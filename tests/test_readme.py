@@ -14,7 +14,12 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 READMES = ["README.md", "README.zh-CN.md"]
-SHORTER = {r"--port 8000": "--port 0", r"--minutes \d+": "--minutes 0.02", r"train\.steps=\d+": "train.steps=2", r'"steps": 10': '"steps": 1'}
+SHORTER = {
+    r"--port 8000": "--port 0",
+    r"--minutes \d+": "--minutes 0.02",
+    r"train\.steps=\d+": "train.steps=2",
+    r'"steps": 10': '"steps": 1',
+}
 MADE_BY_MAKE = {"make demo", "make test"}
 # What only a CUDA machine with an index of its own can run, and the line that enters the environment.
 LEFT_OUT = ("python3 -m venv", ".venv/bin/python -m pip install", "source ")

@@ -79,7 +79,7 @@ def plain(
     sequence_N: torch.Tensor,
     lengths_N: torch.Tensor,
 ) -> torch.Tensor:
-    """Attention of single queries in torch's operators, static in shape: what a CUDA graph captures, what the tests compare with."""
+    """Attention of single queries in torch's operators: static in shape, as a CUDA graph wants it."""
     rows_NW = tables_SW[sequence_N.long()].long()
     keys_NKLd, values_NKLd = (
         cache_PKSd[rows_NW].transpose(1, 2).flatten(2, 3) for cache_PKSd in (keys_PKSd, values_PKSd)

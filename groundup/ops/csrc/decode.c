@@ -90,6 +90,28 @@ void split_turn_store(const float *qkv, const float *q_weight, const float *k_we
   }
 }
 
+// Inner products of a query with 4 keys, or with as many as are left of a block; keys beyond the sequence's end may be
+// anything, and so are their products, which nobody reads.
+static inline void dots(const float *q, const float *k, float *out, int d, int left) {
+  if (left < 4) {
+    for (int t = 0; t < left; t++) {
+      out[t] = 0;
+      for (int i = 0; i < d; i++) out[t] += q[i] * k[t * d + i];
+    }
+    return;
+  }
+  vec a0 = {0}, a1 = {0}, a2 = {0}, a3 = {0};
+  int i = 0;
+  for (; i + W <= d; i += W) {
+    vec b = load(q + i);
+    a0 += b * load(k + i), a1 += b * load(k + d + i), a2 += b * load(k + 2 * d + i), a3 += b * load(k + 3 * d + i);
+  }
+  four s = totals(a0, a1, a2, a3);
+  for (; i < d; i++)
+    for (int t = 0; t < 4; t++) s[t] += q[i] * k[t * d + i];
+  memcpy(out, &s, sizeof s);
+}
+
 // softmax(q k^T scale) v for n single queries: q, out [n, H, d]; query r belongs to sequence of[r] and sees its first
 // lengths[r] tokens, which lie in the blocks that tables [sequences, width] names. d at most 256.
 void paged_attention(const float *q, const float *keys, const float *values, const int32_t *tables, const int32_t *of,
@@ -109,20 +131,23 @@ void paged_attention(const float *q, const float *keys, const float *values, con
           const float *k = keys + ((int64_t)table[b] * kv_heads + kv) * size * d;
           const float *v = values + ((int64_t)table[b] * kv_heads + kv) * size * d;
           float best = top;
+          for (int t = 0; t < tokens; t += 4) dots(query, k + t * d, p + t, d, size - t);
           for (int t = 0; t < tokens; t++) {
-            float dot = 0;
-            for (int i = 0; i < d; i++) dot += query[i] * k[t * d + i];
-            p[t] = dot * scale;
+            p[t] *= scale;
             best = p[t] > best ? p[t] : best;
           }
           float shrink = expf(top - best);
           weight_sum *= shrink;
           for (int i = 0; i < d; i++) sum[i] *= shrink;
           for (int t = 0; t < tokens; t++) p[t] = expf(p[t] - best);
-          for (int t = 0; t < tokens; t++) {
-            weight_sum += p[t];
-            for (int i = 0; i < d; i++) sum[i] += p[t] * v[t * d + i];
+          for (int t = 0; t < tokens; t++) weight_sum += p[t];
+          int t = 0;
+          for (; t + 4 <= tokens; t += 4) {
+            const float *v0 = v + t * d, *v1 = v0 + d, *v2 = v1 + d, *v3 = v2 + d;
+            for (int i = 0; i < d; i++) sum[i] += p[t] * v0[i] + p[t + 1] * v1[i] + p[t + 2] * v2[i] + p[t + 3] * v3[i];
           }
+          for (; t < tokens; t++)
+            for (int i = 0; i < d; i++) sum[i] += p[t] * v[t * d + i];
           top = best;
         }
         float *o = out + ((int64_t)row * heads + h) * d;
