@@ -192,15 +192,15 @@ def drain(server: ServerProcess, traffic: Traffic) -> str | None:
     body = {"model": traffic.model, "prompt": "a", "max_tokens": length, "ignore_eos": True, "stream": True,
             "temperature": 0, "stream_options": {"include_usage": True}}  # fmt: skip
     calls = [post(server.address, TEXT, body).events() for _ in range(4)]
-    begun = [[next(call)] for call in calls]
-    server.process.terminate()
-    for first, call in zip(begun, calls, strict=True):
-        try:
-            answers, tokens = streamed([*first, *call])
-        except (OSError, BadReply) as error:
-            return f"{type(error).__name__}: {error}"
-        if answers[0][2] != "length" or tokens != length:
-            return f"ended by {answers[0][2]} after {tokens} tokens"
+    try:
+        begun = [[next(call)] for call in calls]
+        server.process.terminate()
+        answers = [streamed([*first, *call]) for first, call in zip(begun, calls, strict=True)]
+    except (OSError, Refused, BadReply) as error:
+        return f"{type(error).__name__}: {error}"
+    for choices, tokens in answers:
+        if choices[0][2] != "length" or tokens != length:
+            return f"ended by {choices[0][2]} after {tokens} tokens"
     server.process.wait(60)
     return None
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-# name: module of bench/serving, and what kind of figure it computes in
+# name: its module in bench/serving
 PROGRAMS = {
     "ours-fp32": "ours",
     "ours-int8": "ours",
