@@ -12,6 +12,7 @@ from groundup.device import return_memory
 from groundup.infer.adapters import Adapter, Rows, add_deltas, load_adapter
 from groundup.infer.fused import fuse, product
 from groundup.infer.graphs import DecodeGraphs
+from groundup.infer.linear import head_scheme
 from groundup.infer.paged import PagedCache, PagedRows
 from groundup.infer.quality import QuantizedLinear
 from groundup.infer.scheduler import Work
@@ -33,7 +34,7 @@ class Runner:
         if self._fused is None and quantize:
             _replace_linears(model, quantize)
         with torch.no_grad():
-            self._head = product(weight.detach(), None, quantize)
+            self._head = product(weight.detach(), None, head_scheme(quantize))
         return_memory()  # of the matrices that were joined, or quantised
 
     def hidden(self, work: Ids[Work]) -> torch.Tensor:
