@@ -113,9 +113,9 @@ class Api:
             assert wake.wait_for(lambda: sum(h.sequences for h in self.worker._live) == answers, 30)
 
     def wait_inbox(self) -> None:
-        """Until something is to be done between two steps."""
+        """Until something is to be done between two steps, or it is done already and nobody is left."""
         with self.worker._wake:
-            assert self.worker._wake.wait_for(lambda: bool(self.worker._inbox), 30)
+            assert self.worker._wake.wait_for(lambda: bool(self.worker._inbox) or not self.worker._live, 30)
 
     def wait_idle(self) -> None:
         assert self.worker._wait_idle(30)
