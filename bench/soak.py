@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,12 @@ from bench.serving.client import Call, Refused, ServerProcess, free_port, get, p
 from bench.serving.replies import Answer, BadReply, fault_of_error, streamed, whole
 from bench.serving.traffic import TEXT, Plan, Traffic
 
+STRETCHES = 32  # times that the longest requests are sent before the others
 WARM_UP = 0.3  # share of the requests after which memory is looked at for the first time
 GROWTH_MB, GROWTH = 32.0, 0.05  # what memory may grow from then on: the larger of both
 TRIES, FEW_TRIES = 100, 5  # of a request that is turned away because the queue is full; of a wrong one
 SHOWN = 5  # faults told in full
-ANSWERS_AT_ONCE = 3  # full-length answers that the cache has room for
+ANSWERS_AT_ONCE = 2  # full-length answers that the cache has room for
 DRAINED = 96  # tokens of an answer in whose middle the SIGTERM comes
 
 
@@ -86,11 +88,15 @@ def soak(folder: Path, requests: int, distinct: int, at_once: int, seed: int) ->
 
 
 def load(server: ServerProcess, plans: list[Plan], at_once: int) -> Seen:
-    """All requests, `at_once` under way at any time."""
+    """All requests, `at_once` under way at any time; before them the longest ones, so that memory has its size."""
     seen, process = Seen(), psutil.Process(server.process.pid)
+    largest = sorted((plan for plan in plans if plan.kind == "bad"), key=lambda plan: len(str(plan.body)))[-2:]
     warm = int(len(plans) * WARM_UP)
+    send = partial(one, server.address)
     with ThreadPoolExecutor(at_once) as pool:
-        results = pool.map(lambda plan: one(server.address, plan), plans)
+        for plan, result in zip(largest * STRETCHES, pool.map(send, largest * STRETCHES), strict=True):
+            note(seen, plan, result)
+        results = pool.map(send, plans)
         for number, (plan, result) in enumerate(zip(plans, results, strict=True)):
             note(seen, plan, result)
             if number >= warm and (number - warm) % max(1, len(plans) // 50) == 0:
@@ -232,6 +238,7 @@ def verdict(
         "cached_tokens": after.get("cached_tokens_total", 0.0),
         "generated_tokens": after.get("generated_tokens_total", 0.0),
         "rss_mb": {"after_warm_up": begin, "most": max(seen.rss_mb), "end": rss},
+        "rss_mb_over_time": [round(each, 1) for each in seen.rss_mb],
         "seconds": seconds,
         "faults": [*seen.faults[:SHOWN], *differing[:SHOWN], *([f"SIGTERM: {drained}"] if drained else [])],
     }

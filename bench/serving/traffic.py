@@ -131,9 +131,15 @@ def bad_bodies(model: str, context: int) -> Iterator[tuple[str, dict[str, Any] |
     yield CHAT, chat | {"response_format": {"type": "xml"}}
     yield CHAT, chat | {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": 7}}}}
     yield CHAT, chat | {"tool_choice": "required"}
-    yield CHAT, chat | {"messages": [{"role": "user", "content": "word " * (2 * context)}]}
-    prompts: list[Any] = [[], [[]], [[10**9]], [-1], 5, None, {"a": 1}, [1] * (2 * context)]
+    prompts: list[Any] = [[], [[]], [[10**9]], [-1], 5, None, {"a": 1}]
     for prompt in prompts:
         yield TEXT, text | {"prompt": prompt}
     yield TEXT, text | {"logprobs": 99}
     yield TEXT, json.dumps(text).encode()[:-1]
+    yield from too_long(model, context)
+
+
+def too_long(model: str, context: int) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Prompts that do not fit in the context: no request costs the server more memory before it is refused."""
+    yield CHAT, {"model": model, "messages": [{"role": "user", "content": "word " * (context + 1)}]}
+    yield TEXT, {"model": model, "prompt": [1] * (context + 1)}
