@@ -79,6 +79,7 @@ def test_json_line_has_the_keys(folder, tmp_path, small_world, capsys):
 
 
 def test_small_soak_passes(folder, monkeypatch, capsys):
+    pytest.importorskip("uvicorn", reason="the server is an extra")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     result = soak.main([str(folder), "--requests", "60", "--at-once", "12"])
     assert json.loads(capsys.readouterr().out.splitlines()[-1]) == result
