@@ -114,4 +114,12 @@ def one_round(server: Server, ask: dict[str, Any]) -> dict[str, Any]:
     watch.stop()
     requests = len(ask["prompts"])
     about = {"requests": requests, "wanted": requests * ask["new"], "ids": watch.ids[0]}
-    return watch.figures() | about | {"peak_mb": peak_memory(server.pid)} | server.extra()
+    memory = {"peak_mb": peak_memory(server.pid), "resident_mb": resident_memory(server.pid)}
+    return watch.figures() | about | memory | server.extra()
+
+
+def resident_memory(pid: int | str) -> float:
+    """What the process holds now, in MB: without what only its start needed. 0 where the system does not say."""
+    status = Path(f"/proc/{pid}/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmRSS")), 0.0)

@@ -54,6 +54,7 @@ def summary(running: list[Program]) -> dict[str, Any]:
     peers = [one for one in running if one not in ours]
     return figures | {
         "memory_mb": {one.name: one.peak_mb for one in running},
+        "resident_mb": {one.name: one.rounds[-1]["resident_mb"] for one in running},
         "ratios": {f"{a.name}/{b.name}": ratio(a, b) for a in ours for b in peers},
         "memory": {one.name: memory(one) for one in ours if "weights_mb" in one.rounds[-1]},
         "short": {one.name: short for one in running if (short := missing_tokens(one))},
@@ -117,7 +118,7 @@ def aims(parameters: int, levels: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def show(name: str, result: dict[str, Any]) -> Table:
     table = Table("requests", "program", "tokens/s", "ours fp32 is", "ours int8 is", "first token p50 / p95, ms",
-                  "a token p50 / p95, ms", "peak memory", title=f"{name}: tokens out")  # fmt: skip
+                  "a token p50 / p95, ms", "memory: peak / at the end", title=f"{name}: tokens out")  # fmt: skip
     for requests, figures in result["requests"].items():
         for who, rate in figures["tokens_per_second"].items():
             times = [figures["ratios"].get(f"{ours}/{who}") for ours in ("ours-fp32", "ours-int8")]
@@ -125,7 +126,7 @@ def show(name: str, result: dict[str, Any]) -> Table:
                 requests, who, f"{rate:,.1f}", *(f"{x:.2f} x" if x else "" for x in times),
                 f"{figures['ttft_p50'][who]:,.0f} / {figures['ttft_p95'][who]:,.0f}",
                 f"{figures['tpot_p50'][who]:,.1f} / {figures['tpot_p95'][who]:,.1f}",
-                f"{figures['memory_mb'][who]:,.0f} MB",
+                f"{figures['memory_mb'][who]:,.0f} / {figures['resident_mb'][who]:,.0f} MB",
             )  # fmt: skip
         table.add_section()
     for who, why in result["missing"].items():

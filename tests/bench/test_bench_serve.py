@@ -65,7 +65,7 @@ def test_json_line_has_the_keys(folder, tmp_path, small_world, capsys):
     assert {"models", "shared_prefix_ratio", "aims", "runs"} <= result.keys()
     (model,) = result["models"].values()
     figures = model["requests"]["2"]
-    for key in ("tokens_per_second", "ttft_p50", "ttft_p95", "tpot_p50", "tpot_p95", "memory_mb"):
+    for key in ("tokens_per_second", "ttft_p50", "ttft_p95", "tpot_p50", "tpot_p95", "memory_mb", "resident_mb"):
         assert figures[key].keys() == {"ours-fp32", "transformers"}
         assert all(value > 0 for value in figures[key].values())
     assert figures["ratios"]["ours-fp32/transformers"] > 0
