@@ -190,11 +190,15 @@ def serve(
     draft: Annotated[
         str | None, typer.Option(metavar="DIR|ngram", help="A smaller model that guesses ahead, or ngram lookup.")
     ] = None,
+    cache_gb: Annotated[
+        float | None, typer.Option(min=0, help="Memory for keys and values; default: a quarter of what is free.")
+    ] = None,
     max_waiting: Annotated[int, typer.Option(min=1, help="Requests that may wait; more get 429.")] = 256,
     max_total_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of all requests at hand.")] = None,
     max_tokens_limit: Annotated[int | None, typer.Option(min=1, help="Most new tokens of a request.")] = None,
     request_timeout: Annotated[float | None, typer.Option(min=0, help="Seconds.")] = None,
     cors_origin: Annotated[list[str] | None, typer.Option(help="Web pages that may call; * for all.")] = None,
+    drain_seconds: Annotated[float, typer.Option(min=0, help="How long running requests may go on at the end.")] = 30,
 ) -> None:
     """Serve a model over OpenAI's API. SIGTERM or Ctrl-C: running requests finish first."""
     from groundup.serve.api import serve as run
@@ -208,11 +212,13 @@ def serve(
         adapters=adapter or [],
         quantize=quantize,
         draft=draft,
+        cache_gb=cache_gb,
         max_waiting=max_waiting,
         max_total_tokens=max_total_tokens,
         max_tokens_limit=max_tokens_limit,
         request_timeout=request_timeout,
         cors_origins=cors_origin or [],
+        drain_seconds=drain_seconds,
     )
 
 

@@ -90,6 +90,17 @@ def keep_memory() -> bool:
         return False
 
 
+def share_arenas() -> None:
+    """Let all threads allocate from two pools: glibc gives each its own, and none returns what the others could use."""
+    import ctypes
+
+    m_arena_max = -8  # malloc.h
+    try:
+        ctypes.CDLL("libc.so.6").mallopt(m_arena_max, 2)
+    except (OSError, AttributeError):  # another C library
+        return
+
+
 def return_memory() -> None:
     """Give memory that was freed back to the system now, where the C library keeps it (glibc does)."""
     import ctypes

@@ -23,6 +23,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from groundup import __version__
+from groundup.device import share_arenas
 from groundup.errors import UserError
 from groundup.infer.engine import Engine, EngineSettings
 from groundup.infer.params import params_from_dir
@@ -115,6 +116,7 @@ def serve(
     adapters: Sequence[str] = (),
     quantize: str | None = None,
     draft: str | None = None,
+    cache_gb: float | None = None,
     max_waiting: int = Limits.max_waiting,
     max_total_tokens: int | None = None,
     max_tokens_limit: int | None = None,
@@ -127,8 +129,9 @@ def serve(
 
     name: what clients call the model (default: the folder's name). adapters: NAME=PATH of LoRA adapters, each a model
     of its own to clients. draft: a folder of a smaller model that guesses ahead, or "ngram". api_key: also from
-    GROUNDUP_API_KEY, which other users of the machine cannot see. port 0: any free one. Raises UserError: no model
-    folder, an adapter or draft that does not fit, a port that is taken.
+    GROUNDUP_API_KEY, which other users of the machine cannot see. port 0: any free one. cache_gb: memory for keys and
+    values (None: a quarter of what is free). Raises UserError: no model folder, an adapter or draft that does not fit,
+    a port that is taken.
     """
     settings = ServerSettings(
         api_key=api_key or os.environ.get("GROUNDUP_API_KEY") or None,
@@ -136,9 +139,11 @@ def serve(
         cors_origins=tuple(cors_origins),
         drain_seconds=drain_seconds,
     )
+    share_arenas()
+    engine_settings = EngineSettings(memory=cache_gb and cache_gb * 1e9, quantize=quantize)
     with listen(host, port) as listener:
         model, tokenizer = load_pair(directory, device)
-        engine = Engine(model, tokenizer, EngineSettings(quantize=quantize), _drafter(draft, device))
+        engine = Engine(model, tokenizer, engine_settings, _drafter(draft, device))
         names = [_load_adapter(engine, adapter) for adapter in adapters]
         served = Served(
             name or Path(directory).resolve().name,
