@@ -86,6 +86,8 @@ def plain(
     )
     places_L = torch.arange(keys_NKLd.shape[2], device=q_NHd.device)
     seen_NL = places_L < lengths_N[:, None]
+    for gathered in (keys_NKLd, values_NKLd):  # behind the end lies whatever was there: 0 * nan would be nan
+        gathered.masked_fill_(~seen_NL[:, None, :, None], 0)
     grouped = q_NHd.shape[1] != keys_PKSd.shape[1]
     out_NH1d = F.scaled_dot_product_attention(
         q_NHd[:, :, None], keys_NKLd, values_NKLd, attn_mask=seen_NL[:, None, None], enable_gqa=grouped
