@@ -58,9 +58,44 @@ class FusedModel:
     def hidden(self, ids_N: torch.Tensor, rows: PagedRows) -> torch.Tensor:
         """Hidden states after the last norm, [N, D]; keys and values go into the cache."""
         x_ND, rope = self.embed(ids_N), self.rope(rows.positions_N)
+        whole = not rows.adapters and all(block.spec is not None for block in self.blocks)
+        batch = self._batch(rows, rope, len(x_ND)) if whole else None
         for block in self.blocks:
-            x_ND = block(x_ND, rope, rows)
+            x_ND = block.at_once(x_ND, batch, rows) if batch is not None else block(x_ND, rope, rows)
         return add_norm(self.library, x_ND, None, self.norm.weight, ctypes.c_float(self.norm.eps))
+
+    def _batch(self, rows: PagedRows, rope: Rope, n: int) -> BatchSpec:
+        block = self.blocks[0].spec
+        assert block is not None
+        numbers = 2 * block.hidden + (3 * block.heads + 2 * block.kv_heads) * block.d + 3 * block.wide
+        held = (*rope, rows.slots_N, rows.tables_SW, rows.sequence_N, rows.lengths_N, torch.empty(n * numbers))
+        batch = BatchSpec(n, rows.cache.block_size, rows.tables_SW.shape[1], *(tensor.data_ptr() for tensor in held))
+        batch.held = held  # ctypes keeps addresses, not what lies there
+        return batch
+
+
+class BlockSpec(ctypes.Structure):
+    """Block of csrc/decode.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in (
+            "norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "o_bias", "ffn_norm", "gate_up", "gate_up_bias", "down",
+            "down_bias",
+        )),
+        *((name, ctypes.c_int) for name in ("hidden", "heads", "kv_heads", "d", "wide")),
+        ("eps", ctypes.c_float),
+    ]  # fmt: skip
+
+
+class BatchSpec(ctypes.Structure):
+    """Batch of csrc/decode.c."""
+
+    _fields_ = [
+        *((name, ctypes.c_int) for name in ("n", "size", "width")),
+        *((name, ctypes.c_void_p) for name in (
+            "cosines", "sines", "slots", "tables", "sequences", "lengths", "scratch",
+        )),
+    ]  # fmt: skip
 
 
 def add_norm(
@@ -93,6 +128,29 @@ class FusedBlock:
             for layer in (part for part in block.modules() if isinstance(part, nn.Linear)):
                 layer.weight.data = layer.weight.new_empty(0)
 
+        self.spec = self._spec(block) if scheme is None else None
+
+    def _spec(self, block: Block) -> BlockSpec:
+        """All that csrc/decode.c needs to compute this block by itself."""
+        attention, dims = block.self_attn, self.dim
+        parts = (self.qkv, self.o, self.gate_up, self.down)
+        qkv, o, gate_up, down = ((part.weight, part.bias) for part in parts)
+        tensors = (self.norms[0], *qkv, *self.qk_norms, *o, self.norms[1], *gate_up, *down)
+        spec = BlockSpec(
+            *(None if tensor is None else tensor.data_ptr() for tensor in tensors),
+            attention.q_proj.in_features, attention.q_proj.out_features // dims, attention.k_proj.out_features // dims,
+            dims, block.mlp.down_proj.in_features, self.eps.value,
+        )  # fmt: skip
+        spec.held = tensors
+        return spec
+
+    def at_once(self, x_ND: torch.Tensor, batch: BatchSpec, rows: PagedRows) -> torch.Tensor:
+        """As __call__, in one call into C; in place."""
+        assert self.spec is not None
+        keys, values = rows.cache.keys[self.layer], rows.cache.values[self.layer]
+        self.library.block(ctypes.byref(self.spec), ctypes.byref(batch), *map(pointer, (keys, values, x_ND)))
+        return x_ND
+
     def __call__(self, x_ND: torch.Tensor, rope: Rope, rows: PagedRows) -> torch.Tensor:
         hidden_ND = add_norm(self.library, x_ND, None, self.norms[0], self.eps)
         out_NHd = self._attention(self.qkv(hidden_ND, rows), rope, rows)
@@ -120,8 +178,11 @@ class Joined:
 
     def __init__(self, layers: Sequence[nn.Linear], scheme: str | None) -> None:
         self.layers = layers
-        bias = None if layers[0].bias is None else joined([layer.bias for layer in layers])
-        self.product = product(joined([layer.weight for layer in layers]), bias, scheme)
+        self.bias = None if layers[0].bias is None else joined([layer.bias for layer in layers])
+        self.weight: torch.Tensor | None = joined([layer.weight for layer in layers])
+        self.product = product(self.weight, self.bias, scheme)
+        if scheme is not None:
+            self.weight = None  # it is kept quantised
 
     def __call__(self, x_ND: torch.Tensor, rows: PagedRows) -> torch.Tensor:
         return add_deltas(self.product(x_ND), x_ND, self.layers, rows.adapters)

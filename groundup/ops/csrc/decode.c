@@ -2,6 +2,7 @@
 // cache, and products of a few rows with a large matrix. Plain twins: ops/paged.py, ops/norm.py, ops/swiglu.py.
 // A row's result never depends on the rows beside it.
 #include <math.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -163,6 +164,9 @@ void paged_attention(const float *q, const float *keys, const float *values, con
     vec a0[R] = {{0}}, a1[R] = {{0}}, a2[R] = {{0}}, a3[R] = {{0}};                                            \
     int i = 0;                                                                                                 \
     for (; i + W <= in; i += W) {                                                                              \
+      const float *next = w + 4 * (int64_t)in + i; /* of the tile after this one: it lies right behind */        \
+      __builtin_prefetch(next), __builtin_prefetch(next + in);                                                 \
+      __builtin_prefetch(next + 2 * (int64_t)in), __builtin_prefetch(next + 3 * (int64_t)in);                  \
       vec b0 = load(w + i), b1 = load(w1 + i), b2 = load(w2 + i), b3 = load(w3 + i);                           \
       _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {                                                    \
         vec xr = load(x + (int64_t)r * in + i);                                                                \
@@ -200,12 +204,13 @@ static void edge(const float *x, const float *w, float *out, int top, int end, i
 
 // out [n, e] = x [n, in] @ w^T + bias (or NULL), w [e, in]. w goes by in pieces that a core's second cache holds, x in
 // pieces for its first; every sum is made in the same order, however many rows there are.
-enum { PIECE = 32, BAND = 16 };
+enum { MOST = 32, BAND = 16 };
 void linear(const float *x, const float *w, const float *bias, float *out, int n, int in, int e) {
-  int tiles = (e + 3) / 4;
+  int tiles = (e + 3) / 4, threads = omp_get_max_threads();
+  int pieces = threads * ((tiles + threads * MOST - 1) / (threads * MOST));  // as many for each thread
 #pragma omp parallel for schedule(static) if ((int64_t)e * in > 65536)
-  for (int first = 0; first < tiles; first += PIECE) {
-    int last = first + PIECE < tiles ? first + PIECE : tiles;
+  for (int p = 0; p < pieces; p++) {
+    int first = (int64_t)tiles * p / pieces, last = (int64_t)tiles * (p + 1) / pieces;
     for (int top = 0; top < n; top += BAND)
       for (int t = first; t < last; t++) {
         int r = top, end = top + BAND < n ? top + BAND : n;
@@ -221,4 +226,37 @@ void linear(const float *x, const float *w, const float *bias, float *out, int n
       for (int r = 0; r < n; r++)
         for (int j = first * 4; j < last * 4 && j < e; j++) out[(int64_t)r * e + j] += bias[j];
   }
+}
+
+// A whole block of the model for a batch: what infer/fused.py does by single calls, in one.
+typedef struct {
+  const float *norm, *qkv, *qkv_bias, *q_norm, *k_norm, *o, *o_bias, *ffn_norm, *gate_up, *gate_up_bias, *down, *down_bias;
+  int hidden, heads, kv_heads, d, wide;
+  float eps;
+} Block;
+typedef struct {
+  int n, size, width;
+  const float *cosines, *sines;
+  const int64_t *slots;
+  const int32_t *tables, *of, *lengths;
+  float *scratch;  // n * (2 hidden + (3 heads + 2 kv_heads) d + 3 wide) numbers
+} Batch;
+
+void block(const Block *m, const Batch *b, float *keys, float *values, float *x) {
+  int n = b->n, q_width = m->heads * m->d, qkv_width = q_width + 2 * m->kv_heads * m->d;
+  float *h = b->scratch, *delta = h + (int64_t)n * m->hidden, *qkv = delta + (int64_t)n * m->hidden;
+  float *q = qkv + (int64_t)n * qkv_width, *heard = q + (int64_t)n * q_width;
+  float *gate_up = heard + (int64_t)n * q_width, *gated = gate_up + (int64_t)n * 2 * m->wide;
+  add_rms_norm(x, NULL, m->norm, h, n, m->hidden, m->eps);
+  linear(h, m->qkv, m->qkv_bias, qkv, n, m->hidden, qkv_width);
+  split_turn_store(qkv, m->q_norm, m->k_norm, m->eps, b->cosines, b->sines, b->slots, q, keys, values, n, m->heads,
+                   m->kv_heads, m->d, b->size);
+  paged_attention(q, keys, values, b->tables, b->of, b->lengths, heard, n, m->heads, m->kv_heads, m->d, b->size, b->width,
+                  1.0f / sqrtf(m->d));
+  linear(heard, m->o, m->o_bias, delta, n, q_width, m->hidden);
+  add_rms_norm(x, delta, m->ffn_norm, h, n, m->hidden, m->eps);
+  linear(h, m->gate_up, m->gate_up_bias, gate_up, n, m->hidden, 2 * m->wide);
+  silu_mul(gate_up, gated, n, m->wide);
+  linear(gated, m->down, m->down_bias, delta, n, m->wide, m->hidden);
+  for (int64_t i = 0; i < (int64_t)n * m->hidden; i++) x[i] += delta[i];
 }
