@@ -64,6 +64,12 @@ class FusedModel:
             x_ND = block.at_once(x_ND, batch, rows) if batch is not None else block(x_ND, rope, rows)
         return add_norm(self.library, x_ND, None, self.norm.weight, ctypes.c_float(self.norm.eps))
 
+    @property
+    def matrices(self) -> list[torch.Tensor]:
+        """The large ones, as far as they are not quantised."""
+        joined = [part for block in self.blocks for part in (block.qkv, block.o, block.gate_up, block.down)]
+        return [part.weight for part in joined if part.weight is not None]
+
     def _batch(self, rows: PagedRows, rope: Rope, n: int) -> BatchSpec:
         block = self.blocks[0].spec
         assert block is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from groundup.device import return_memory
+from groundup.device import return_memory, use_huge_pages
 from groundup.infer.adapters import Adapter, Rows, add_deltas, load_adapter
 from groundup.infer.fused import fuse, product
 from groundup.infer.graphs import DecodeGraphs
@@ -36,6 +36,8 @@ class Runner:
         with torch.no_grad():
             self._head = product(weight.detach(), None, head_scheme(quantize))
         return_memory()  # of the matrices that were joined, or quantised
+        for matrix in (weight, *(self._fused.matrices if self._fused is not None else ())):
+            use_huge_pages(matrix)
 
     def hidden(self, work: Ids[Work]) -> torch.Tensor:
         """Hidden states of all tokens of the work, piece after piece, [N, D]; their keys and values are stored."""

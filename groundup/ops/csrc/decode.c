@@ -113,12 +113,124 @@ static inline void dots(const float *q, const float *k, float *out, int d, int l
   memcpy(out, &s, sizeof s);
 }
 
+#ifdef __has_builtin
+#if __has_builtin(__builtin_shufflevector)
+#define MIXES
+#endif
+#endif
+#ifdef MIXES
+// W registers' sums in one, that of a[j] in lane j: neighbours are interleaved and added until one is left.
+#define MIX(x, y, ...) __builtin_shufflevector(x, y, __VA_ARGS__)
+#ifdef __AVX512F__
+#define EVEN 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define ODD 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+#define EVEN_PAIRS 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define ODD_PAIRS 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define EVEN_FOURS 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define ODD_FOURS 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define LOW_EIGHT 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH_EIGHT 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#else
+#define EVEN 0, 8, 2, 10, 4, 12, 6, 14
+#define ODD 1, 9, 3, 11, 5, 13, 7, 15
+#define EVEN_PAIRS 0, 1, 8, 9, 4, 5, 12, 13
+#define ODD_PAIRS 2, 3, 10, 11, 6, 7, 14, 15
+#define EVEN_FOURS 0, 1, 2, 3, 8, 9, 10, 11
+#define ODD_FOURS 4, 5, 6, 7, 12, 13, 14, 15
+#endif
+static inline vec sums(vec *a) {
+  for (int k = 0; k < W / 2; k++) a[k] = MIX(a[2 * k], a[2 * k + 1], EVEN) + MIX(a[2 * k], a[2 * k + 1], ODD);
+  for (int k = 0; k < W / 4; k++) a[k] = MIX(a[2 * k], a[2 * k + 1], EVEN_PAIRS) + MIX(a[2 * k], a[2 * k + 1], ODD_PAIRS);
+  for (int k = 0; k < W / 8; k++) a[k] = MIX(a[2 * k], a[2 * k + 1], EVEN_FOURS) + MIX(a[2 * k], a[2 * k + 1], ODD_FOURS);
+#ifdef __AVX512F__
+  a[0] = MIX(a[0], a[1], LOW_EIGHT) + MIX(a[0], a[1], HIGH_EIGHT);
+#endif
+  return a[0];
+}
+
+// e^x for x <= 0, to a unit in the last place or two: 2^n by the exponent's bits, the rest by its series.
+typedef int ints __attribute__((vector_size(W * sizeof(int))));
+static inline vec exp_of(vec x) {
+  ints tiny = x < -87.0f;
+  x = (vec)(((ints)x & ~tiny) | ((ints)((vec){0} - 87.0f) & tiny));
+  ints n = __builtin_convertvector(x * 1.44269504f - 0.5f, ints);
+  vec whole = __builtin_convertvector(n, vec), r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
+  vec y = 1.0f + r * (1.0f + r * (0.5f + r * (1.66666655e-1f + r * (4.16666456e-2f + r * (8.33345205e-3f + r * 1.39819994e-3f)))));
+  return y * (vec)((n + 127) << 23);
+}
+
+// One query over one sequence: blocks of `size` tokens, a multiple of W, and d = D registers. Scores of W tokens are one
+// register; what is summed over the values stays in registers.
+#define QUERY(D)                                                                                                      \
+  static void query##D(const float *q, const float *keys, const float *values, const int32_t *table, int length,      \
+                       float *out, int kv_heads, int kv, int size, float scale) {                                     \
+    enum { d = D * W };                                                                                               \
+    vec sum[D] = {{0}};                                                                                               \
+    float top = -1e30f, weight_sum = 0, p[64];                                                                        \
+    for (int start = 0, b = 0; start < length; start += size, b++) {                                                  \
+      int tokens = length - start < size ? length - start : size;                                                     \
+      const float *k = keys + ((int64_t)table[b] * kv_heads + kv) * size * d;                                         \
+      const float *v = values + ((int64_t)table[b] * kv_heads + kv) * size * d;                                       \
+      for (int t = 0; t < tokens; t += W) {                                                                           \
+        vec a[W];                                                                                                     \
+        _Pragma("GCC unroll 16") for (int j = 0; j < W; j++) {                                                        \
+          const float *key = k + (t + j) * d;                                                                         \
+          a[j] = load(q) * load(key);                                                                                 \
+          _Pragma("GCC unroll 8") for (int i = 1; i < D; i++) a[j] += load(q + i * W) * load(key + i * W);            \
+        }                                                                                                             \
+        *(unaligned_vec *)(p + t) = sums(a) * scale;                                                                  \
+      }                                                                                                               \
+      for (int t = tokens; t < (tokens + W - 1) / W * W; t++) p[t] = -1e30f;                                          \
+      float best = top;                                                                                               \
+      for (int t = 0; t < tokens; t++) best = p[t] > best ? p[t] : best;                                              \
+      vec parts = {0};                                                                                                \
+      for (int t = 0; t < tokens; t += W) {                                                                           \
+        vec e = exp_of(load(p + t) - best);                                                                           \
+        *(unaligned_vec *)(p + t) = e;                                                                                \
+        parts += e;                                                                                                   \
+      }                                                                                                               \
+      float total = 0;                                                                                                \
+      for (int j = 0; j < W; j++) total += parts[j];                                                                  \
+      float shrink = expf(top - best);                                                                                \
+      weight_sum = weight_sum * shrink + total;                                                                       \
+      _Pragma("GCC unroll 8") for (int i = 0; i < D; i++) sum[i] *= shrink;                                           \
+      vec odd[D] = {{0}}; /* two chains of additions instead of one long one */                                       \
+      int t = 0;                                                                                                      \
+      for (; t + 2 <= tokens; t += 2)                                                                                 \
+        _Pragma("GCC unroll 8") for (int i = 0; i < D; i++) {                                                         \
+          sum[i] += p[t] * load(v + t * d + i * W);                                                                   \
+          odd[i] += p[t + 1] * load(v + (t + 1) * d + i * W);                                                         \
+        }                                                                                                             \
+      if (t < tokens)                                                                                                 \
+        _Pragma("GCC unroll 8") for (int i = 0; i < D; i++) sum[i] += p[t] * load(v + t * d + i * W);                 \
+      _Pragma("GCC unroll 8") for (int i = 0; i < D; i++) sum[i] += odd[i];                                           \
+      top = best;                                                                                                     \
+    }                                                                                                                 \
+    for (int i = 0; i < D; i++) *(unaligned_vec *)(out + i * W) = sum[i] / weight_sum;                                \
+  }
+typedef void query(const float *, const float *, const float *, const int32_t *, int, float *, int, int, int, float);
+QUERY(2) QUERY(4) QUERY(5) QUERY(6) QUERY(8)
+static query *query_for(int d, int size) {
+  if (size % W || size > 64) return NULL;
+  return d == 2 * W   ? query2
+         : d == 4 * W ? query4
+         : d == 5 * W ? query5
+         : d == 6 * W ? query6
+         : d == 8 * W ? query8
+                      : NULL;
+}
+#else
+typedef void query(const float *, const float *, const float *, const int32_t *, int, float *, int, int, int, float);
+static query *query_for(int d, int size) { return NULL; }
+#endif
+
 // softmax(q k^T scale) v for n single queries: q, out [n, H, d]; query r belongs to sequence of[r] and sees its first
 // lengths[r] tokens, which lie in the blocks that tables [sequences, width] names. d at most 256.
 void paged_attention(const float *q, const float *keys, const float *values, const int32_t *tables, const int32_t *of,
                      const int32_t *lengths, float *out, int n, int heads, int kv_heads, int d, int size, int width,
                      float scale) {
   int group = heads / kv_heads;
+  query *fast = query_for(d, size);
 #pragma omp parallel for collapse(2) schedule(dynamic, 1)
   for (int row = 0; row < n; row++)
     for (int kv = 0; kv < kv_heads; kv++) {
@@ -126,6 +238,10 @@ void paged_attention(const float *q, const float *keys, const float *values, con
       int length = lengths[row];
       for (int h = kv * group; h < (kv + 1) * group; h++) {
         const float *query = q + ((int64_t)row * heads + h) * d;
+        if (fast) {
+          fast(query, keys, values, table, length, out + ((int64_t)row * heads + h) * d, kv_heads, kv, size, scale);
+          continue;
+        }
         float sum[256] = {0}, top = -1e30f, weight_sum = 0, p[64];
         for (int start = 0, b = 0; start < length; start += size, b++) {  // online softmax, a block at a time
           int tokens = length - start < size ? length - start : size;
@@ -159,26 +275,26 @@ void paged_attention(const float *q, const float *keys, const float *values, con
 
 // R rows of x times 4 rows of w: 4 R sums in registers, w read once for all R.
 #define TILE(R)                                                                                                \
-  static inline void tile##R(const float *x, const float *w, float *out, int in, int64_t stride) {             \
-    const float *w1 = w + in, *w2 = w1 + in, *w3 = w2 + in;                                                    \
-    vec a0[R] = {{0}}, a1[R] = {{0}}, a2[R] = {{0}}, a3[R] = {{0}};                                            \
-    int i = 0;                                                                                                 \
-    for (; i + W <= in; i += W) {                                                                              \
-      const float *next = w + 4 * (int64_t)in + i; /* of the tile after this one: it lies right behind */        \
-      __builtin_prefetch(next), __builtin_prefetch(next + in);                                                 \
-      __builtin_prefetch(next + 2 * (int64_t)in), __builtin_prefetch(next + 3 * (int64_t)in);                  \
-      vec b0 = load(w + i), b1 = load(w1 + i), b2 = load(w2 + i), b3 = load(w3 + i);                           \
-      _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {                                                    \
-        vec xr = load(x + (int64_t)r * in + i);                                                                \
-        a0[r] += xr * b0, a1[r] += xr * b1, a2[r] += xr * b2, a3[r] += xr * b3;                                \
-      }                                                                                                        \
-    }                                                                                                          \
-    _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {                                                      \
-      four s = totals(a0[r], a1[r], a2[r], a3[r]);                                                             \
-      for (int j = i; j < in; j++)                                                                             \
-        for (int e = 0; e < 4; e++) s[e] += x[(int64_t)r * in + j] * w[(int64_t)e * in + j];                   \
-      memcpy(out + r * stride, &s, sizeof s);                                                                  \
-    }                                                                                                          \
+  static inline void tile##R(const float *x, const float *w, float *out, int in, int64_t stride) {                    \
+    const float *w1 = w + in, *w2 = w1 + in, *w3 = w2 + in;                                                           \
+    vec a0[R] = {{0}}, a1[R] = {{0}}, a2[R] = {{0}}, a3[R] = {{0}};                                                   \
+    int i = 0;                                                                                                        \
+    for (; i + W <= in; i += W) {                                                                                     \
+      const float *next = w + 4 * (int64_t)in + i; /* of the tile after this one: it lies right behind */             \
+      __builtin_prefetch(next), __builtin_prefetch(next + in);                                                        \
+      __builtin_prefetch(next + 2 * (int64_t)in), __builtin_prefetch(next + 3 * (int64_t)in);                         \
+      vec b0 = load(w + i), b1 = load(w1 + i), b2 = load(w2 + i), b3 = load(w3 + i);                                  \
+      _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {                                                           \
+        vec xr = load(x + (int64_t)r * in + i);                                                                       \
+        a0[r] += xr * b0, a1[r] += xr * b1, a2[r] += xr * b2, a3[r] += xr * b3;                                       \
+      }                                                                                                               \
+    }                                                                                                                 \
+    _Pragma("GCC unroll 8") for (int r = 0; r < R; r++) {                                                             \
+      four s = totals(a0[r], a1[r], a2[r], a3[r]);                                                                    \
+      for (int j = i; j < in; j++)                                                                                    \
+        for (int e = 0; e < 4; e++) s[e] += x[(int64_t)r * in + j] * w[(int64_t)e * in + j];                          \
+      memcpy(out + r * stride, &s, sizeof s);                                                                         \
+    }                                                                                                                 \
   }
 TILE(1)
 #ifdef __AVX512F__
