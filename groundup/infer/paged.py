@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from groundup.infer.adapters import Rows
+from groundup.infer.foreign import windowed_attention
 from groundup.model.config import ModelConfig
 from groundup.ops.paged import paged_attention
 
@@ -26,6 +27,8 @@ class PagedCache:
         self.block_size = block_size
 
     def copy(self, source: int, target: int) -> None:
+        if not self.keys.shape[1]:  # of a model that cannot be computed over a cache (foreign.py)
+            return
         for cache in (self.keys, self.values):
             cache[:, target] = cache[:, source]
 
@@ -63,6 +66,7 @@ class PagedRows:
         self.sequence_N = torch.tensor(owners, dtype=torch.int32, device=device)
         self.lengths_N = torch.tensor(positions, dtype=torch.int32, device=device) + 1
         self.pieces = list(zip(starts, counts, strict=True))
+        self.longest = max(positions, default=0) + 1
 
     def start(self, new_tokens: int) -> tuple[torch.Tensor, Any]:
         return self.positions_N[None], None
@@ -71,12 +75,21 @@ class PagedRows:
         """The scheduler counts."""
 
     def attend(
-        self, layer: int, q_BTHd: torch.Tensor, k_BTKd: torch.Tensor, v_BTKd: torch.Tensor, mask: Any
+        self,
+        layer: int,
+        q_BTHd: torch.Tensor,
+        k_BTKd: torch.Tensor,
+        v_BTKd: torch.Tensor,
+        mask: Any,
+        window: int | None = None,
     ) -> torch.Tensor:
-        """Remember the new keys and values, and answer the queries."""
+        """Remember the new keys and values, and answer the queries. window: tokens that each sees, itself counted."""
         block, place = self.slots_N // self.cache.block_size, self.slots_N % self.cache.block_size
         self.cache.keys[layer][block, :, place] = k_BTKd[0]
         self.cache.values[layer][block, :, place] = v_BTKd[0]
+        if window is not None and self.longest > window:
+            keys, values = self.cache.keys[layer], self.cache.values[layer]
+            return windowed_attention(q_BTHd[0], keys, values, self.tables_SW, self.pieces, window)[None]
         return self.answer(layer, q_BTHd[0])[None]
 
     def answer(self, layer: int, q_NHd: torch.Tensor) -> torch.Tensor:

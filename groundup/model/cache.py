@@ -79,9 +79,18 @@ class KVCache:
         return self.keys[layer, :, :end], self.values[layer, :, :end]
 
     def attend(
-        self, layer: int, q_BTHd: torch.Tensor, k_BTKd: torch.Tensor, v_BTKd: torch.Tensor, mask: Any
+        self,
+        layer: int,
+        q_BTHd: torch.Tensor,
+        k_BTKd: torch.Tensor,
+        v_BTKd: torch.Tensor,
+        mask: Any,
+        window: int | None = None,
     ) -> torch.Tensor:
-        return attention(q_BTHd, *self.append(layer, k_BTKd, v_BTKd), mask)
+        keys, values = self.append(layer, k_BTKd, v_BTKd)
+        if window is not None:
+            mask = near(self.start(k_BTKd.shape[1])[0], keys.shape[1], window)
+        return attention(q_BTHd, keys, values, mask)
 
     def advance(self, new_tokens: int) -> None:
         self.lengths = [length + new_tokens for length in self.lengths]
@@ -96,3 +105,9 @@ class KVCache:
         """Keep these rows, in this order (drop finished ones, reorder or repeat beams)."""
         self.keys, self.values = self.keys[:, rows], self.values[:, rows]
         self.lengths = [self.lengths[row] for row in rows]
+
+
+def near(position_ids_BT: torch.Tensor, slots: int, window: int) -> torch.Tensor:
+    """Bool mask [B, 1, T, S]: a token sees itself and the window - 1 before it."""
+    back_BTS = position_ids_BT[..., None] - torch.arange(slots, device=position_ids_BT.device)
+    return ((back_BTS >= 0) & (back_BTS < window))[:, None]

@@ -10,9 +10,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from groundup.errors import UserError
+
+if TYPE_CHECKING:
+    from groundup.model.foreign_config import ForeignConfig
 
 ARCHITECTURES = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 ROPE_TYPES = ("default", "linear", "yarn", "llama3")
@@ -25,6 +28,10 @@ SIZES = (
     "num_key_value_heads",
     "head_dim",
 )
+
+
+class NotNative(UserError):
+    """An architecture, or a detail of one, that we do not compute ourselves; transformers may (foreign.py)."""
 
 
 @dataclass(frozen=True)
@@ -71,17 +78,8 @@ class ModelConfig:
 
     @classmethod
     def from_dir(cls, directory: str | Path) -> ModelConfig:
-        """The config of a stock model folder. UserError: no config.json, not JSON, or not a family we compute."""
-        path = Path(directory) / "config.json"
-        if not path.is_file():
-            raise UserError(directory, "no config.json here", "name a model folder as transformers saves it")
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise UserError(path, f"not valid JSON ({error})", "fetch or save the model again") from None
-        if not isinstance(found, dict):
-            raise UserError(path, "holds no JSON object", "fetch or save the model again")
-        return cls.from_hf_dict(found, where=path)
+        """The config of a stock model folder. UserError: no config.json, not JSON; NotNative: no family we compute."""
+        return cls.from_hf_dict(read_json(directory), where=Path(directory) / "config.json")
 
     @classmethod
     def from_hf_dict(cls, found: dict[str, Any], where: object = "config") -> ModelConfig:
@@ -133,12 +131,28 @@ class ModelConfig:
         return written
 
 
+def read_json(directory: str | Path) -> dict[str, Any]:
+    """What config.json of a model folder says. UserError: none there, or no JSON object."""
+    path = Path(directory) / "config.json"
+    if not path.is_file():
+        raise UserError(directory, "no config.json here", "name a model folder as transformers saves it")
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(path, f"not valid JSON ({error})", "fetch or save the model again") from None
+    if not isinstance(found, dict):
+        raise UserError(path, "holds no JSON object", "fetch or save the model again")
+    return found
+
+
 # What transformers assumes for a key that config.json leaves out; our own defaults are those of a new model.
 _HF_DEFAULTS = {"tie_word_embeddings": False, "bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
 
 
-def num_parameters(config: ModelConfig) -> int:
-    """Trainable numbers, the tied embedding counted once."""
+def num_parameters(config: ModelConfig | ForeignConfig) -> int:
+    """Numbers in all parameters, the tied embedding counted once."""
+    if not isinstance(config, ModelConfig):
+        return config.num_parameters
     c, width, q, kv = config, config.hidden_size, config.num_attention_heads, config.num_key_value_heads
     attention = width * c.head_dim * (2 * q + 2 * kv) + (2 * c.head_dim if c.qk_norm else 0)
     attention += c.head_dim * (q + 2 * kv) if c.qkv_bias else 0
@@ -166,22 +180,22 @@ def _read_rope(found: dict[str, Any]) -> tuple[float, dict[str, Any] | None]:
 def _refuse_unsupported(found: dict[str, Any], where: object) -> None:
     """Refuse what would load and then compute something else than its authors did."""
     supported = ", ".join(ARCHITECTURES)
-    model_type = found.get("model_type")
-    if model_type not in ARCHITECTURES:
-        raise UserError(where, f"model_type {model_type!r} is not one we compute", f"supported: {supported}")
-    if found.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise UserError(where, f"hidden_act {found['hidden_act']!r} is not supported", "supported: silu")
     if found.get("quantization_config"):
         raise UserError(where, "the weights are quantised", "use the unquantised model")
+    model_type = found.get("model_type")
+    if model_type not in ARCHITECTURES:
+        raise NotNative(where, f"model_type {model_type!r} is not one we compute", f"supported: {supported}")
+    if found.get("hidden_act", "silu") not in ("silu", "swish"):
+        raise NotNative(where, f"hidden_act {found['hidden_act']!r} is not supported", "supported: silu")
     windowed = any(kind != "full_attention" for kind in found.get("layer_types") or [])
     if windowed or (found.get("use_sliding_window") and found.get("sliding_window") and not found.get("layer_types")):
-        raise UserError(where, "sliding-window attention is not supported", "use a model with full attention")
+        raise NotNative(where, "sliding-window attention is not supported", "use a model with full attention")
     rope = {**(found.get("rope_parameters") or {}), **(found.get("rope_scaling") or {})}
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind not in ROPE_TYPES:
-        raise UserError(where, f"RoPE type {kind!r} is not supported", f"supported: {', '.join(ROPE_TYPES)}")
+        raise NotNative(where, f"RoPE type {kind!r} is not supported", f"supported: {', '.join(ROPE_TYPES)}")
     if (found.get("partial_rotary_factor") or rope.get("partial_rotary_factor") or 1.0) != 1.0:
-        raise UserError(where, "partial rotary embeddings are not supported", f"supported: {supported}, full rotation")
+        raise NotNative(where, "partial rotary embeddings are not supported", f"supported: {supported}, full rotation")
 
 
 def _problem(config: ModelConfig) -> str | None:

@@ -16,6 +16,7 @@ from torch import nn
 from groundup.model.attention import Attention
 from groundup.model.block import Block
 from groundup.model.config import ModelConfig
+from groundup.model.fast_lora import features, frozen_block, is_frozen
 from groundup.model.ffn import FeedForward
 from groundup.model.norm import RMSNorm
 from groundup.ops.norm import norm_linear
@@ -27,13 +28,14 @@ from groundup.ops.swiglu import residual_ffn
 def can_be_fast(blocks: Iterable[nn.Module], config: ModelConfig, device: torch.device) -> bool:
     """Whether `FastRows` computes these blocks: fp32 on a CPU, and every part of them still as block.py made it.
 
-    Not so where something has taken hold of a part: an adapter, a shard, a hook, a quantised matrix, a compiler.
+    Not so where something has taken hold of a part: a shard, a hook, a compiler; an adapter or a quantised matrix but
+    for those that fast_lora.py knows.
     """
     if device.type != "cpu" or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
     if config.attention_bias or config.mlp_bias:  # rare; only the bias on q, k and v (qwen2) is worth the lines
         return False
-    return all(_untouched(part) for block in blocks for part in block.modules())
+    return all(is_frozen(block) or all(map(_untouched, block.modules())) for block in blocks)
 
 
 def _untouched(part: nn.Module) -> bool:
@@ -53,20 +55,26 @@ class FastRows:
     doc_ids_BT: torch.Tensor
 
     def __call__(self, block: Block, x_BTD: torch.Tensor) -> torch.Tensor:
-        x_ND = _attention(block.self_attn, block.input_layernorm, x_BTD.flatten(0, 1), self)
+        x_ND = x_BTD.flatten(0, 1)
+        if is_frozen(block):
+            return frozen_block(block, x_ND, self.attend).view_as(x_BTD)
+        x_ND = _attention(block.self_attn, block.input_layernorm, x_ND, self)
         return _ffn(block.mlp, block.post_attention_layernorm, x_ND).view_as(x_BTD)
+
+    def attend(self, layer: Attention, qkv_NE: torch.Tensor) -> torch.Tensor:
+        """[N, F]: what each token hears, from the joint product of q, k and v as `_folded_qkv` orders it."""
+        dim = layer.head_dim
+        heads, kv_heads = (features(part) // dim for part in (layer.q_proj, layer.k_proj))
+        groups, eps = (kv_heads, heads // kv_heads), layer.q_norm.eps if layer.qk_norm else 0.0
+        qkv_BTEd = qkv_NE.view(*self.doc_ids_BT.shape, -1, dim)
+        scales_Cd = _folded_qk_norms(layer, groups) if layer.qk_norm else None
+        q_BTKGd, k_BTKd, v_BTKd = norm_and_turn(qkv_BTEd, scales_Cd, self.turns_BTp, groups, eps)
+        return span_attention(q_BTKGd, k_BTKd, v_BTKd, self.doc_ids_BT).view(len(qkv_NE), -1)
 
 
 def _attention(layer: Attention, norm: RMSNorm, x_ND: torch.Tensor, rows: FastRows) -> torch.Tensor:
-    dim = layer.head_dim
-    kv_heads = layer.k_proj.weight.shape[0] // dim
-    groups = (kv_heads, layer.q_proj.weight.shape[0] // dim // kv_heads)
     x_ND, qkv_NE = norm_linear(x_ND, *_folded_qkv(layer, norm), norm.eps)
-    qkv_BTEd = qkv_NE.view(*rows.doc_ids_BT.shape, -1, dim)
-    scales_Cd = _folded_qk_norms(layer, groups) if layer.qk_norm else None
-    q_BTKGd, k_BTKd, v_BTKd = norm_and_turn(qkv_BTEd, scales_Cd, rows.turns_BTp, groups, norm.eps)
-    out_BTKGd = span_attention(q_BTKGd, k_BTKd, v_BTKd, rows.doc_ids_BT)
-    return torch.addmm(x_ND, out_BTKGd.view(len(x_ND), -1), layer.o_proj.weight.T)
+    return torch.addmm(x_ND, rows.attend(layer, qkv_NE), layer.o_proj.weight.T)
 
 
 def _folded_qkv(layer: Attention, norm: RMSNorm) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -17,45 +19,90 @@ from torch import nn
 
 from groundup.errors import UserError
 from groundup.files import explain, write_json
-from groundup.model.config import ModelConfig
+from groundup.model.config import ModelConfig, NotNative, read_json
+from groundup.model.foreign import Foreign, load_foreign, quiet
+from groundup.model.foreign_config import ForeignConfig
 from groundup.model.transformer import Transformer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+PICKLES = (".bin", ".pth", ".pt")
 TENSORS_AT_ONCE = 16
+
+
+def read_config(directory: str | Path) -> ModelConfig | ForeignConfig:
+    """The shape of a folder's model: ours where we compute it ourselves, else transformers'. UserError: neither."""
+    directory = Path(directory)
+    _refuse_pickles(directory)
+    try:
+        return ModelConfig.from_dir(directory)
+    except NotNative:
+        if not read_json(directory).get("model_type"):
+            raise
+        return ForeignConfig.from_dir(directory)
 
 
 def load_model(
     directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Transformer:
-    """The model of a stock folder (config.json, one or several safetensors), in eval mode.
+    """The model of a stock folder (config.json, one or several safetensors), in eval mode; `describe` says whose it is.
 
-    dtype None: as stored, but fp32 on a CPU, where half precision is many times slower without special units.
+    Llama, Qwen2 and Qwen3 we compute ourselves; any other causal architecture is a Foreign, which has Transformer's
+    face. dtype None: as stored, but fp32 on a CPU, where half precision is many times slower without special units.
     Raises UserError: no folder, unsupported architecture, a missing, damaged or wrongly shaped tensor.
     """
-    directory = Path(directory)
-    config = ModelConfig.from_dir(directory)
-    with torch.device("meta"), _without_initialising():
-        model = Transformer(config)
-    wanted = dict(model.named_parameters())
+    directory, device = Path(directory), torch.device(device)
+    config = read_config(directory)
+    if isinstance(config, ForeignConfig):
+        _weight_files(directory)
+        return cast(Transformer, load_foreign(directory, device, dtype))
+    model = _empty(config)
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     tensors: dict[str, torch.Tensor] = {}
     for path in _weight_files(directory):
-        tensors.update(_read(path, wanted, torch.device(device), dtype))
-    missing = sorted(wanted.keys() - tensors.keys())
+        tensors.update(_read(path, wanted, device, dtype))
+    settled = _settle_head(config, tensors)
+    if settled is not config:
+        model = _empty(settled)
+    missing = sorted(dict(model.named_parameters()).keys() - tensors.keys())
     if missing:
         raise UserError(directory, f"{len(missing)} tensors are missing, first {missing[0]}", "fetch the model again")
     model.load_state_dict(tensors, assign=True)
     return model.requires_grad_(True).eval()
 
 
-@contextmanager
-def _without_initialising() -> Iterator[None]:
-    """Leave out the layers' own initialisation: on meta tensors it does nothing, and loads 80 MB of Python to do so."""
+def describe(model: nn.Module) -> str:
+    """Which way was taken, in a line: "opt: computed by transformers"."""
+    config = cast(Any, model.config)
+    if isinstance(model, Foreign):
+        return "; ".join([f"{config.model_type}: computed by transformers", *model.notes])
+    return f"{config.model_type}: computed by groundup"
+
+
+def _settle_head(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> ModelConfig:
+    """A tied head is stored once, twice (pickles of old did), or under the head's name alone; where both are there and
+    differ, config.json is wrong, and they are two. As transformers has it."""
+    if not config.tie_word_embeddings or HEAD not in tensors:
+        return config
+    head = tensors.pop(HEAD)
+    if not torch.equal(tensors.setdefault(EMBEDDING, head), head):
+        tensors[HEAD] = head
+        return replace(config, tie_word_embeddings=False)
+    return config
+
+
+def _empty(config: ModelConfig) -> Transformer:
+    """A model without memory, to be given its tensors.
+
+    Without the layers' own initialisation: on meta tensors it does nothing, and loads 80 MB of Python to do so.
+    """
     kinds: tuple[Any, ...] = (nn.Linear, nn.Embedding)
     before = [kind.reset_parameters for kind in kinds]
     try:
         for kind in kinds:
             kind.reset_parameters = lambda layer: None
-        yield
+        with torch.device("meta"):
+            return Transformer(config)
     finally:
         for kind, reset in zip(kinds, before, strict=True):
             kind.reset_parameters = reset
@@ -64,14 +111,17 @@ def _without_initialising() -> Iterator[None]:
 def save_model(model: Transformer, directory: str | Path) -> None:
     """Write config.json, generation_config.json and model.safetensors, each whole or not at all.
 
-    The weights keep the module's dtype. Tied heads are stored once, as transformers does. UserError: a full disk, a
-    folder that may not be written.
+    The weights keep the module's dtype. Tied heads are stored once, as transformers does; a Foreign is saved by
+    transformers. UserError: a full disk, a folder that may not be written.
     """
     directory = Path(directory)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise explain(error, directory) from error
+    if isinstance(model, Foreign):
+        _save_foreign(model, directory)
+        return
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     config = model.config.to_hf_dict(dtype=str(model.head_weight.dtype).removeprefix("torch."))
     ends = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -84,16 +134,53 @@ def _replace_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
     """Write beside `path`, flush to disk, rename: a reader, or a run killed at any instant, finds old or new, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        save_file(state, temporary, metadata={"format": "pt"})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
+        with _explained(path):
+            save_file(state, temporary, metadata={"format": "pt"})
+            _put(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _save_foreign(model: Foreign, directory: Path) -> None:
+    """transformers' own files, the weights in one of them, each put in its place whole."""
+    temporary = directory / f".model.{os.getpid()}.tmp"
+    try:
+        with _explained(directory / WEIGHTS), quiet():
+            model.inner.save_pretrained(temporary, max_shard_size=10**18)
+            for file in sorted(temporary.iterdir(), key=lambda file: file.name != WEIGHTS):
+                _put(file, directory / file.name)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _put(file: Path, path: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+    file.replace(path)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """A full disk or a forbidden folder, met by whatever writes `path`, as a UserError."""
+    try:
+        yield
     except (OSError, SafetensorError) as error:
         code = re.search(r"os error (\d+)", str(error))  # how safetensors passes on an OSError
         cause = error if isinstance(error, OSError) else OSError(int(code[1]) if code else 0, str(error))
         raise explain(cause, path) from error
-    finally:
-        temporary.unlink(missing_ok=True)
+
+
+def _refuse_pickles(directory: Path) -> None:
+    """A pickle runs whatever code stands in it: none is loaded; convert.py makes safetensors of it, running none."""
+    if directory.suffix in PICKLES and directory.is_file():
+        found, source = [directory.name], directory
+    else:
+        found, source = sorted(p.name for p in directory.glob("*") if p.suffix in PICKLES), directory
+    whole = directory.is_dir() and any((directory / name).is_file() for name in (WEIGHTS, INDEX))
+    weights = [name for name in found if not name.startswith(("training_args", "optimizer", "scheduler", "rng_state"))]
+    if weights and not whole:
+        why = f"holds pickled weights ({weights[0]}), which can run code when they are loaded"
+        raise UserError(source, why, f"make safetensors of them: groundup convert {source} --output NEW")
 
 
 def _weight_files(directory: Path) -> list[Path]:
@@ -114,7 +201,7 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def _read(
-    path: Path, wanted: dict[str, torch.nn.Parameter], device: torch.device, dtype: torch.dtype | None
+    path: Path, wanted: dict[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """The wanted tensors of one file, checked against the model's shapes and moved one at a time.
 
@@ -127,8 +214,8 @@ def _read(
         for start in range(0, len(names), TENSORS_AT_ONCE):
             with safe_open(path, framework="pt") as file:
                 for name in names[start : start + TENSORS_AT_ONCE]:
-                    if (name == "lm_head.weight" and name not in wanted) or name.endswith("rotary_emb.inv_freq"):
-                        continue  # a tied head stored twice; a buffer of old checkpoints
+                    if name.endswith("rotary_emb.inv_freq"):
+                        continue  # a buffer of old checkpoints
                     found[name] = _tensor(file, path, name, wanted, device, dtype)
     except (SafetensorError, OSError) as error:
         raise UserError(path, f"damaged or not safetensors ({error})", "fetch or save the model again") from None
@@ -139,18 +226,21 @@ def _tensor(
     file: Any,
     path: Path,
     name: str,
-    wanted: dict[str, torch.nn.Parameter],
+    wanted: dict[str, tuple[int, ...]],
     device: torch.device,
     dtype: torch.dtype | None,
 ) -> torch.Tensor:
-    if name not in wanted:
+    expected = wanted.get(EMBEDDING if name == HEAD else name)  # a head of the embedding's shape may always be there
+    if expected is None:
         raise UserError(path, f"holds {name}, which this architecture has not", "check its config.json")
     shape = tuple(file.get_slice(name).get_shape())
-    if shape != tuple(wanted[name].shape):
-        expected = tuple(wanted[name].shape)
+    if shape != expected:
         raise UserError(path, f"{name} is {shape}, config.json says {expected}", "fetch the model again")
     tensor = file.get_tensor(name)
-    half_on_cpu = device.type == "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
-    target = dtype or (torch.float32 if half_on_cpu else tensor.dtype)
+    if tensor.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        why = f"{name} is stored as {str(tensor.dtype).removeprefix('torch.')}: the weights are quantised"
+        raise UserError(path, why, "use the unquantised model")
+    narrow = device.type != "cpu" and tensor.dtype in (torch.bfloat16, torch.float16)
+    target = dtype or (tensor.dtype if narrow else torch.float32)
     # clone: a tensor that still lives in the mapped file would change when the file does
     return tensor.to(device, target) if target != tensor.dtype else tensor.clone().to(device)

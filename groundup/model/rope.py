@@ -33,7 +33,8 @@ def rope_table(
     inv_freq: torch.Tensor, factor: float, position_ids_BT: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(cos_BTd, sin_BTd), d = head_dim / 2, fp32: angles in lower precision drift by whole turns at long range."""
-    with torch.autocast(position_ids_BT.device.type, enabled=False):
+    kind = position_ids_BT.device.type
+    with torch.autocast("cpu" if kind == "meta" else kind, enabled=False):
         angle_BTd = position_ids_BT[..., None].float() * inv_freq
         return angle_BTd.cos() * factor, angle_BTd.sin() * factor
 

@@ -15,6 +15,7 @@ from groundup.model.cache import Cache
 from groundup.model.config import ModelConfig
 from groundup.model.fast import FastRows, can_be_fast
 from groundup.model.norm import RMSNorm
+from groundup.model.prefix import Prefixed, SoftPrefix
 from groundup.model.rope import rope_frequencies, rope_table
 from groundup.model.rows import Rows
 from groundup.ops.attention import Documents, document_mask
@@ -31,9 +32,12 @@ class Trunk(nn.Module):
 
 
 class Transformer(nn.Module):
+    """soft_prefix: stands before every document (prefix.py); no parameter, so neither saved nor moved."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.soft_prefix: SoftPrefix | None = None
         self.model = Trunk(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
@@ -58,14 +62,26 @@ class Transformer(nn.Module):
         """Hidden states after the last norm, [B, T, D]: feed them with `head_weight` to linear_cross_entropy.
 
         doc_ids_BT: packed rows; tokens of different documents do not see each other. cache: these T tokens come
-        after those that it holds, and are appended to it.
+        after those that it holds, the soft prefix among them, and are appended to it.
         """
-        rows = self._rows(input_ids_BT, position_ids_BT, doc_ids_BT, cache)
-        x_BTD = self.model.embed_tokens(input_ids_BT)
+        if self.soft_prefix is not None and cache is None:
+            cache = Prefixed(self.soft_prefix, input_ids_BT, position_ids_BT, doc_ids_BT)
+            position_ids_BT = doc_ids_BT = None
+        return self.run(self.model.embed_tokens(input_ids_BT), position_ids_BT, doc_ids_BT, cache)
+
+    def run(
+        self,
+        x_BTD: torch.Tensor,
+        position_ids_BT: torch.Tensor | None = None,
+        doc_ids_BT: torch.Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """`hidden`, from embeddings: those of tokens, or learnt ones."""
+        rows = self._rows(x_BTD, position_ids_BT, doc_ids_BT, cache)
         for block in self.blocks:
             x_BTD = block(x_BTD, rows)
         if cache is not None:
-            cache.advance(input_ids_BT.shape[1])
+            cache.advance(x_BTD.shape[1])
         return self.model.norm(x_BTD)
 
     def forward(
@@ -106,12 +122,12 @@ class Transformer(nn.Module):
 
     def _rows(
         self,
-        input_ids_BT: torch.Tensor,
+        x_BTD: torch.Tensor,
         position_ids_BT: torch.Tensor | None,
         doc_ids_BT: torch.Tensor | None,
         cache: Cache | None,
     ) -> Rows:
-        device, (rows, length) = input_ids_BT.device, input_ids_BT.shape
+        device, (rows, length, _) = x_BTD.device, x_BTD.shape
         if cache is not None:
             cached_positions_BT, mask = cache.start(length)
             position_ids_BT = cached_positions_BT if position_ids_BT is None else position_ids_BT

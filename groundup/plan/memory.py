@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from groundup.config import Recipe, load_recipe
+from groundup.config import AdaptConfig, Recipe, load_recipe
 from groundup.errors import UserError
 from groundup.plan.machine import free_memory
 
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import torch
 
     from groundup.model.config import ModelConfig
+    from groundup.model.foreign_config import ForeignConfig
 
 PROBE_LENGTHS = (64, 128, 192)  # tokens; whole blocks of the CPU's attention, whose cost grows by blocks
 # What allocators lose between tensors: measured 1.1 to 1.4 with glibc (twice that with checkpointing, whose blocks
@@ -27,50 +28,91 @@ PROBE_LENGTHS = (64, 128, 192)  # tokens; whole blocks of the CPU's attention, w
 MARGIN = {"cpu": 1.4, "cuda": 1.1, "mps": 1.2}
 
 
-def estimate(config: ModelConfig, recipe: Recipe, device: torch.device | str = "cpu") -> dict[str, int]:
+def estimate(config: ModelConfig | ForeignConfig, recipe: Recipe, device: torch.device | str = "cpu") -> dict[str, int]:
     """Bytes of one training step: weights, gradients, optimizer, ema, activations, logits, and total (the peak).
 
+    Gradients, optimizer and ema are those of what moves (recipe.adapt); frozen matrices are counted as they are kept.
     Rows are taken to hold one document each, which is the most that attention can keep; packed short ones keep less.
     logits: the chunk of the head with its gradients. The total is less than the sum: activations and all gradients are
     never there at once, unless gradients accumulate over several passes. Not counted: Python and torch themselves
-    (about 0.4 GB), and what torch.compile takes while it compiles.
+    (about 0.4 GB), and what torch.compile takes while it compiles. UserError: recipe.adapt does not fit the model.
     """
     import torch
 
     from groundup.device import pick_dtype
-    from groundup.model.transformer import Transformer
+    from groundup.model.flops import lowest_moving
     from groundup.ops.loss import default_chunk
     from groundup.optim.build import param_groups
 
     device, train = torch.device(device), recipe.train
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = _adapted(_model(config, "meta"), recipe.adapt)
     groups = param_groups(model, muon=recipe.optim.name == "muon")
     numbers = {name: sum(p.numel() for p in group) for name, group in groups.items()}
-    weights = 4 * sum(numbers.values())
-    shape = replace(config, num_hidden_layers=1, vocab_size=64, rope_scaling=None, eos_token_id=None)
-    layer, trunk = (curve.bytes_of(train.batch_size, train.seq_len) for curve in _probe(shape, device, train.dtype))
-    tokens, depth = train.batch_size * train.seq_len, config.num_hidden_layers
+    half = pick_dtype(train.dtype, device) != torch.float32
+    weights, moving = _weight_bytes(model, recipe.adapt, half), 4 * sum(numbers.values())
+    layer, trunk = (curve.bytes_of(train.batch_size, train.seq_len) for curve in _curves(config, recipe, device))
+    tokens, depth = train.batch_size * train.seq_len, len(model.blocks) - lowest_moving(model)
     inputs = 4 * tokens * config.hidden_size  # what recomputing a layer starts from
     recomputed = layer if train.activation_checkpointing else 0
     chunk = min(tokens, default_chunk(torch.empty(config.vocab_size, 0, device=device)))
-    half = pick_dtype(train.dtype, device) != torch.float32
-    head = 4 * model.head_weight.numel()
+    head_weight: torch.Tensor = model.head_weight
+    head = 4 * head_weight.numel() if head_weight.requires_grad else 0
     parts = {
         "weights": weights,
-        "gradients": weights,
+        "gradients": moving,
         "optimizer": 4 * numbers["muon"] + 8 * (numbers["decay"] + numbers["plain"]),
-        "ema": weights if train.ema else 0,
+        "ema": moving if train.ema else 0,
         "activations": trunk + depth * (inputs if recomputed else layer),
         # logits, turned in place into their gradient on a CPU, else with softmax and a copy; the gradients of hidden
         # states and head, the head's once more as it grows
         "logits": (16 if half else 4 if device.type == "cpu" else 12) * chunk * config.vocab_size + inputs + 2 * head,
     }
-    kept = weights if train.accumulate > 1 else 0  # gradients of the passes before
+    kept = moving if train.accumulate > 1 else 0  # gradients of the passes before
     # Going back through a layer, the gradients of gate, up and their product are the widest to stand beside it.
     working = recomputed + 12 * tokens * config.intermediate_size + head
-    passing = max(parts["activations"] + kept + max(parts["logits"], working), weights + layer)
+    passing = max(parts["activations"] + kept + max(parts["logits"], working), moving + layer)
     return parts | {"total": parts["weights"] + parts["optimizer"] + parts["ema"] + passing}
+
+
+def _model(config: ModelConfig | ForeignConfig, device: torch.device | str) -> Any:
+    """A model of this shape, whoever computes it, with weights that say nothing."""
+    import torch
+
+    from groundup.model.config import ModelConfig
+    from groundup.model.foreign import Foreign
+    from groundup.model.transformer import Transformer
+
+    if not isinstance(config, ModelConfig):
+        changes = {"num_hidden_layers": config.num_hidden_layers, "vocab_size": config.vocab_size}
+        return Foreign(config.build(device, **changes), config)
+    with torch.device(device):
+        return Transformer(config)
+
+
+def _adapted(model: Any, settings: AdaptConfig) -> Any:
+    """The model with the part that moves; how a frozen base is kept is reckoned, not done."""
+    from groundup.adapt.build import adapt
+
+    plain = settings.model_copy(update={"base": "full", "text": None, "init": "default"})
+    adapted = adapt(model, plain, seed=0)
+    return model if adapted is None else adapted.forward_model()
+
+
+def _weight_bytes(model: Any, settings: AdaptConfig, half: bool) -> int:
+    """Of all weights: fp32, but for the frozen matrices below an adapter, which are kept in fewer bits where products
+    are of half precision or the recipe says so."""
+    from torch import nn
+
+    total = 4 * sum(p.numel() for p in model.parameters())
+    if settings.method in ("full", "freeze"):
+        return total
+    scales = 1 / 64 + 4 / (64 * 256) if settings.double_quant else 4 / 64  # of NF4, for each number
+    for layer in model.blocks.modules():
+        if type(layer) is nn.Linear and not layer.weight.requires_grad:
+            int8 = 1 + 4 / layer.in_features
+            each = {"full": 2.0 if half else 4.0, "nf4": 0.5 + scales, "int8": int8}[settings.base]
+            total -= round((4 - each) * layer.weight.numel())
+    return total
 
 
 class _Curve:
@@ -85,29 +127,65 @@ class _Curve:
         return round(self.constant + rows * length * (self.linear + self.square * length))
 
 
+def _curves(config: ModelConfig | ForeignConfig, recipe: Recipe, device: torch.device) -> tuple[_Curve, _Curve]:
+    """(one layer, what surrounds the layers) of this model in this recipe."""
+    from groundup.model.config import ModelConfig
+
+    changes: dict[str, Any] = {"num_hidden_layers": 1, "vocab_size": 64, "eos_token_id": None}
+    if isinstance(config, ModelConfig):
+        changes["rope_scaling"] = None
+    else:
+        changes |= {"bos_token_id": None, "pad_token_id": None}
+    settings = recipe.adapt
+    if settings.method == "freeze":  # a layer that moves keeps the most
+        settings = settings.model_copy(update={"method": "full"})
+    shape, told = replace(config, **changes), settings.model_dump_json()
+    if isinstance(config, ModelConfig):
+        return _probe(shape, device, recipe.train.dtype, told)
+    try:
+        return _probe(shape, device, recipe.train.dtype, told)
+    except Exception:  # an architecture that cannot be had with one layer: what usual ones keep
+        each = 4 * (14 * config.hidden_size + 5 * config.intermediate_size)
+        rest = 8 * config.hidden_size
+        return tuple(_Curve(PROBE_LENGTHS, [n * size for n in PROBE_LENGTHS]) for size in (each, rest))  # type: ignore
+
+
 @functools.lru_cache(maxsize=16)
-def _probe(shape: ModelConfig, device: torch.device, dtype_name: str) -> tuple[_Curve, _Curve]:
-    """(one layer, what surrounds the layers) of models of this shape."""
+def _probe(
+    shape: ModelConfig | ForeignConfig, device: torch.device, dtype_name: str, settings: str
+) -> tuple[_Curve, _Curve]:
+    """`_curves` of models of this shape, tuned as AdaptConfig's JSON says."""
     from groundup.device import pick_dtype
 
-    dtype = pick_dtype(dtype_name, device)
+    dtype, adapt = pick_dtype(dtype_name, device), AdaptConfig.model_validate_json(settings)
     one, two = (
-        [_saved_bytes(replace(shape, num_hidden_layers=depth), length, device, dtype) for length in PROBE_LENGTHS]
+        [
+            _saved_bytes(replace(shape, num_hidden_layers=depth), length, device, dtype, adapt)
+            for length in PROBE_LENGTHS
+        ]
         for depth in (1, 2)
     )
     layer = [b - a for a, b in zip(one, two, strict=True)]
     return _Curve(PROBE_LENGTHS, layer), _Curve(PROBE_LENGTHS, [a - c for a, c in zip(one, layer, strict=True)])
 
 
-def _saved_bytes(config: ModelConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> int:
+def _saved_bytes(
+    config: ModelConfig | ForeignConfig, tokens: int, device: torch.device, dtype: torch.dtype, settings: AdaptConfig
+) -> int:
     """Bytes that a forward pass over one packed row keeps for the backward pass, weights left out."""
     import torch
 
     from groundup.device import autocast
-    from groundup.model.transformer import Transformer
 
     with torch.random.fork_rng(devices=[]):  # whoever asks must not find other random numbers afterwards
-        model = Transformer(config).to(device)
+        model = _model(config, device)
+        if hasattr(model, "try_out"):
+            model.eval().try_out()
+        try:
+            model = _adapted(model, settings)
+        except UserError:  # names layers that so small a model has not
+            model.requires_grad_(True)
+    model.train()
     known = {p.untyped_storage().data_ptr() for p in model.parameters()}
     kept: dict[int, torch.Tensor] = {}  # holding the tensors: an address is not given out twice
 
@@ -123,7 +201,9 @@ def _saved_bytes(config: ModelConfig, tokens: int, device: torch.device, dtype: 
     return sum(t.untyped_storage().nbytes() for t in kept.values())
 
 
-def check_fits(config: ModelConfig, recipe: Recipe, device: torch.device | str = "cpu") -> dict[str, int]:
+def check_fits(
+    config: ModelConfig | ForeignConfig, recipe: Recipe, device: torch.device | str = "cpu"
+) -> dict[str, int]:
     """The estimate, where it fits into the free memory of the device; else UserError with settings that do fit."""
     import torch
 
@@ -139,7 +219,7 @@ def check_fits(config: ModelConfig, recipe: Recipe, device: torch.device | str =
     raise UserError("train.batch_size", why, suggest(config, recipe, device, free))
 
 
-def suggest(config: ModelConfig, recipe: Recipe, device: torch.device | str, free: int) -> str:
+def suggest(config: ModelConfig | ForeignConfig, recipe: Recipe, device: torch.device | str, free: int) -> str:
     """The least change of the recipe that fits into `free` bytes, with the same rows in each optimizer step."""
     import torch
 
@@ -179,6 +259,7 @@ def plan_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     return {
         "model": recipe.model,
         "parameters": num_parameters(config),
+        "trained_parameters": needs["gradients"] // 4,
         "device": str(device),
         **{f"{part}_bytes": size for part, size in needs.items()},
         "free_bytes": free,
@@ -188,13 +269,14 @@ def plan_recipe(path: str | Path, overrides: Sequence[str] = ()) -> dict[str, An
     }
 
 
-def model_config(recipe: Recipe) -> ModelConfig:
+def model_config(recipe: Recipe) -> ModelConfig | ForeignConfig:
     """The shape of a recipe's model: a folder's own, or a preset with the vocabulary of the recipe's tokenizer."""
-    from groundup.model.config import ModelConfig
+    from groundup.model.hub import is_hub_name, resolve
+    from groundup.model.io import read_config
     from groundup.model.presets import preset
 
-    if Path(recipe.model).is_dir():
-        return ModelConfig.from_dir(recipe.model)
+    if Path(recipe.model).is_dir() or is_hub_name(recipe.model):
+        return read_config(resolve(recipe.model))
     if recipe.tokenizer is None:
         return preset(recipe.model)
     from groundup.tokenizer import load_tokenizer

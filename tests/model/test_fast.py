@@ -31,7 +31,7 @@ def is_fast(model: Transformer) -> bool:
 
 
 def rows_of(model: Transformer, ids: torch.Tensor, docs: torch.Tensor | None) -> Rows:
-    return model._rows(ids, None, docs, None)
+    return model._rows(model.model.embed_tokens(ids), None, docs, None)
 
 
 @pytest.mark.parametrize("docs", [None, torch.arange(40).div(13, rounding_mode="floor").int().expand(3, -1)])

@@ -6,10 +6,12 @@ import json
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from groundup.model.config import ModelConfig, num_parameters
 from groundup.model.io import load_model, save_model
 from groundup.model.transformer import Transformer
+from groundup.objectives.next_token import next_token
 
 transformers = pytest.importorskip("transformers")
 
@@ -80,6 +82,23 @@ def test_a_stock_folder_gives_the_same_logits(model_type, rope, tmp_path):
     assert not ours.training
     assert num_parameters(ours.config) == theirs.num_parameters()
     assert_same(ours, theirs)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_the_loss_and_one_steps_gradients(model_type, tied, tmp_path):
+    theirs = stock(model_type, tie_word_embeddings=tied)
+    theirs.save_pretrained(tmp_path)
+    ours, rows = load_model(tmp_path), ids(length=40)
+    loss = theirs(rows, labels=rows).loss
+    loss.backward()
+    total, count = next_token(ours.hidden(rows), ours.head_weight, F.pad(rows[:, 1:], (0, 1), value=-100))
+    (total / count).backward()
+    torch.testing.assert_close(total / count, loss, atol=1e-4, rtol=1e-4)
+    wanted = {name: parameter.grad for name, parameter in theirs.named_parameters()}
+    assert wanted.keys() == {name for name, _ in ours.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, wanted[name], atol=1e-4, rtol=1e-3, msg=name)
 
 
 @pytest.mark.parametrize(

@@ -26,10 +26,11 @@ def recipe_of(model: str = "tiny", optim: str = "adamw", **train: Any) -> Recipe
     return build_recipe({**BASE, "model": model, "train": train, "optim": {"name": optim}})
 
 
-def live_peak(recipe: Recipe) -> int:
+def live_peak(recipe: Recipe, model: Any = None) -> int:
     """Bytes of a real second step at their highest, from the profiler's record of every allocation."""
-    config, train = preset(recipe.model), recipe.train
-    model = Transformer(config)
+    train = recipe.train
+    model = Transformer(preset(recipe.model)) if model is None else model
+    config = model.config
     optimizer = build_optimizer(model, recipe.optim)
     if train.activation_checkpointing:
         recompute_blocks(model.blocks)
