@@ -2,28 +2,26 @@
 
 LoRA (arXiv 2106.09685) adds a product of two thin matrices to a large one: y = W x + scale B (A x). In a batch the
 large product is made for all rows at once, the thin ones for the rows of each adapter (Punica, arXiv 2310.18547).
-Read here: folders as PEFT saves them, adapter_config.json and adapter_model.safetensors.
+Folders are PEFT's, read by adapt/folder.py. What thin products cannot say (DoRA, modules trained whole) is refused.
 """
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
+from groundup.adapt.folder import CONFIG, read_adapter
+from groundup.adapt.lora import read_lora
+from groundup.adapt.targets import head_path, linear_layers
 from groundup.errors import UserError
 from groundup.model.transformer import Transformer
 from groundup.ops.linear import linear
 
-NAME = re.compile(r"(?:base_model\.model\.)?(model\.layers\.\d+\.\w+\.\w+)\.lora_(A|B)(?:\.default)?\.weight")
-PLAIN_LORA = {"use_dora": False, "bias": "none", "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}}
+WAY_OUT = "merge it into its model: groundup merge BASE ADAPTER"
 
 
 @dataclass(frozen=True)
@@ -39,36 +37,33 @@ Rows = Sequence[tuple[Adapter, torch.Tensor]]  # which rows of the batch each ad
 
 def load_adapter(name: str, path: str | Path, model: Transformer) -> Adapter:
     """The LoRA adapter of a PEFT folder, for this model. UserError: no adapter there, or one that does not fit."""
-    folder = Path(path)
-    file, weights = folder / "adapter_config.json", folder / "adapter_model.safetensors"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-        tensors = load_file(weights)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(folder, f"no adapter can be read here ({error})", "name a folder as PEFT saves it") from None
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA" or not config.get("r"):
+    told, tensors = read_adapter(path)
+    file = Path(path) / CONFIG
+    if told.get("peft_type") != "LORA":
         raise UserError(file, "is no LoRA adapter", "name a folder of a LoRA adapter")
-    for key, plain in PLAIN_LORA.items():
-        if config.get(key) not in (None, plain):
-            raise UserError(file, f"{key} = {config[key]!r} is not supported", "merge the adapter into its model")
-    scale = config["lora_alpha"] / (config["r"] ** 0.5 if config.get("use_rslora") else config["r"])
-    modules = dict(model.named_modules())
-    halves: dict[nn.Linear, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        found = NAME.fullmatch(key)
-        layer = modules.get(found[1]) if found else None
-        if found is None or not isinstance(layer, nn.Linear):
-            raise UserError(weights, f"{key} changes nothing that this model has", "use an adapter of this model")
-        halves.setdefault(layer, {})[found[2]] = tensor
-    parts: dict[nn.Module, tuple[torch.Tensor, torch.Tensor]] = {}
-    for layer, half in halves.items():
-        a, b = half.get("A"), half.get("B")
-        if a is None or b is None or (b.shape[0], a.shape[1]) != (layer.out_features, layer.in_features):
-            where = next(name for name, module in modules.items() if module is layer)
-            raise UserError(weights, f"{where} does not fit the model's matrix", "use an adapter of this model")
-        like = model.head_weight
-        parts[layer] = (a.to(like).contiguous(), (b * scale).to(like).contiguous())
-    return Adapter(name, parts)
+    for key in ("use_dora", "modules_to_save"):
+        if told.get(key):
+            raise UserError(file, f"{key} = {told[key]!r} is not supported beside other adapters", WAY_OUT)
+    if told.get("init_lora_weights") == "pissa":
+        raise UserError(file, "goes with what PiSSA left of its base", WAY_OUT)
+    if not getattr(model, "servable", True):
+        raise UserError(file, "this model answers without a cache, so without adapters beside each other", WAY_OUT)
+    layers = linear_layers(model)
+    layers.pop(head_path(model), None)
+    try:
+        thin, others = read_lora(layers, told, tensors)
+    except UserError as error:
+        raise UserError(path, error.why, error.fix) from None
+    if others:
+        raise UserError(path, f"{next(iter(others))} is not supported beside other adapters", WAY_OUT)
+    for layer_path in thin:
+        if not isinstance(layers[layer_path], nn.Linear):
+            raise UserError(path, f"{layer_path} is no nn.Linear, which alone takes adapters here", WAY_OUT)
+    like = model.head_weight
+    return Adapter(
+        name,
+        {layers[p]: (t.a.to(like).contiguous(), (t.b * t.scale).to(like).contiguous()) for p, t in thin.items()},
+    )
 
 
 def add_deltas(out_NE: torch.Tensor, x_ND: torch.Tensor, layers: Sequence[nn.Linear], rows: Rows) -> torch.Tensor:

@@ -70,10 +70,10 @@ def selective_logprobs(
 def default_chunk(weight_VD: torch.Tensor) -> int:
     """Tokens a chunk: logits that a cache holds on a CPU (8 MB), 64M logits on a GPU, whose products want to be larger.
 
-    At least 64 tokens: the gradient of the head is read and written once a chunk.
+    At least 64 tokens, on a CPU 256: the head is read once a chunk, and its gradient read and written.
     """
     if weight_VD.device.type == "cpu":
-        return min(512, max(64, 2**21 // weight_VD.shape[0]))
+        return min(512, max(256, 2**21 // weight_VD.shape[0]))
     return max(64, 2**26 // weight_VD.shape[0])
 
 
@@ -143,15 +143,17 @@ class _SelectiveLogprobs(torch.autograd.Function):
         hidden_ND, weight_VD, labels_N, kept_M = ctx.saved_tensors
         chunk, temperature, dtype = ctx.settings
         hidden_MD, head_VD = _take(hidden_ND, kept_M).to(dtype), weight_VD.to(dtype)
+        need_weight = ctx.needs_input_grad[1]  # a frozen head costs nothing
         grad_MD = torch.empty_like(hidden_MD)
-        grad_DV = hidden_ND.new_zeros(weight_VD.shape[::-1], dtype=torch.float32)
+        grad_DV = hidden_ND.new_zeros(weight_VD.shape[::-1], dtype=torch.float32) if need_weight else None
         for rows, _, probs_CV in _chunks(hidden_MD, head_VD, labels_N[kept_M], chunk, temperature):
             factors_C1 = grad_N[kept_M[rows], None] / -temperature
             slopes_CV = _minus_one_hot_(probs_CV, labels_N[kept_M[rows]]).mul_(factors_C1).to(dtype)
             torch.mm(slopes_CV, head_VD, out=grad_MD[rows])
-            _accumulate_(grad_DV, hidden_MD[rows], slopes_CV)
+            if grad_DV is not None:
+                _accumulate_(grad_DV, hidden_MD[rows], slopes_CV)
         grad_hidden = _put(grad_MD.to(hidden_ND.dtype), kept_M, len(labels_N))
-        return grad_hidden, grad_DV.to(weight_VD.dtype).T, None, None, None, None
+        return grad_hidden, None if grad_DV is None else grad_DV.to(weight_VD.dtype).T, None, None, None, None
 
 
 def _chunks(

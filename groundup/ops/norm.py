@@ -7,10 +7,13 @@ direction passes over the tokens for it.
 
 from __future__ import annotations
 
+from ctypes import c_float, c_int64
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
+
+from groundup.ops.native import native, pointer
 
 
 def rms_norm(x_D: torch.Tensor, weight_D: torch.Tensor, eps: float) -> torch.Tensor:
@@ -37,6 +40,30 @@ def normalize_backward_(grad_D: torch.Tensor, x_hat_D: torch.Tensor, rstd: torch
     """The gradient of x from that of x_hat = x * rstd, in place: rstd * (g - x_hat * mean(g * x_hat))."""
     along = (grad_D * x_hat_D).sum(-1, keepdim=True).mul_(-1 / x_hat_D.shape[-1])
     return grad_D.addcmul_(x_hat_D, along).mul_(rstd)
+
+
+def normalize(x_ND: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """(x * rstd, rstd [N, 1]) of fp32 tokens on a CPU: csrc/train.c, else as above."""
+    library = native("train")
+    if library is None or not x_ND.is_contiguous():
+        rstd_N1 = rstd_of(x_ND, eps)
+        return x_ND * rstd_N1, rstd_N1
+    x_hat_ND, rstd_N1 = torch.empty_like(x_ND), x_ND.new_empty(len(x_ND), 1)
+    sizes = (*map(c_int64, x_ND.shape), torch.get_num_threads())
+    library.normalize(*map(pointer, (x_ND, x_hat_ND, rstd_N1)), c_float(eps), *sizes)
+    return x_hat_ND, rstd_N1
+
+
+def residual_backward_(
+    grad_ND: torch.Tensor, x_hat_ND: torch.Tensor, rstd_N1: torch.Tensor, beside_ND: torch.Tensor
+) -> torch.Tensor:
+    """normalize_backward_ plus `beside`, what the residual stream brings: all fp32, contiguous, on a CPU."""
+    library = native("train")
+    if library is None or not beside_ND.is_contiguous():
+        return normalize_backward_(grad_ND, x_hat_ND, rstd_N1).add_(beside_ND)
+    sizes = (*map(c_int64, grad_ND.shape), torch.get_num_threads())
+    library.normalize_backward(*map(pointer, (grad_ND, x_hat_ND, rstd_N1, beside_ND)), *sizes)
+    return grad_ND
 
 
 class _RMSNorm(torch.autograd.Function):

@@ -25,7 +25,7 @@ def apply_rope(x_BTHd: torch.Tensor, cos_BTp: torch.Tensor, sin_BTp: torch.Tenso
 
 def pairs_first(rows: torch.Tensor, head_dim: int) -> torch.Tensor:
     """The first axis (heads * head_dim) with each head in the order 0, d/2, 1, d/2 + 1, ...: [heads, d/2, 2, ...]."""
-    return rows.view(-1, 2, head_dim // 2, *rows.shape[1:]).transpose(1, 2)
+    return rows.view(len(rows) // head_dim, 2, head_dim // 2, *rows.shape[1:]).transpose(1, 2)
 
 
 def norm_and_turn(

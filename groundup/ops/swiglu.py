@@ -8,18 +8,49 @@ u * (sigma + s * (1 - sigma)) = u * sigma + h * (1 - sigma) = lerp(h, u, sigma).
 
 from __future__ import annotations
 
+from ctypes import c_int64
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
+from groundup.ops.native import native, pointer
 from groundup.ops.norm import normalize_backward_, rstd_of
 
 
 def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     """silu(gate) * up, elementwise."""
     return F.silu(gate) * up
+
+
+def swiglu_rows(wide_N2F: torch.Tensor) -> torch.Tensor:
+    """silu(gate) * up of fp32 rows [gate, up] on a CPU, contiguous: csrc/train.c, else plain."""
+    library, wide = native("train"), wide_N2F.shape[1] // 2
+    if library is None:
+        return swiglu(*wide_N2F.split(wide, dim=1))
+    out_NF = wide_N2F.new_empty(len(wide_N2F), wide)
+    sizes = (c_int64(len(wide_N2F)), c_int64(wide), torch.get_num_threads())
+    library.swiglu(*map(pointer, (wide_N2F, out_NF)), *sizes)
+    return out_NF
+
+
+def swiglu_rows_backward(wide_N2F: torch.Tensor, grad_NF: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(the gradient of `wide`, swiglu_rows(wide) once more)."""
+    library, wide = native("train"), grad_NF.shape[1]
+    grad_N2F = torch.empty_like(wide_N2F)
+    if library is None:
+        (gate, up), (dgate, dup) = wide_N2F.split(wide, dim=1), grad_N2F.split(wide, dim=1)
+        sigma = torch.sigmoid(gate)
+        silu = gate * sigma
+        out_NF = silu * up
+        torch.mul(grad_NF, silu, out=dup)
+        torch.mul(grad_NF, torch.lerp(out_NF, up, sigma), out=dgate)
+        return grad_N2F, out_NF
+    out_NF = torch.empty_like(grad_NF)
+    sizes = (c_int64(len(wide_N2F)), c_int64(wide), torch.get_num_threads())
+    library.swiglu_backward(*map(pointer, (wide_N2F, grad_NF, out_NF, grad_N2F)), *sizes)
+    return grad_N2F, out_NF
 
 
 def residual_ffn(x_ND: torch.Tensor, gate_up_2FD: torch.Tensor, down_DF: torch.Tensor, eps: float) -> torch.Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from groundup.config import OptimConfig
 from groundup.optim.muon import Muon
+from groundup.optim.paged import paged_adamw
 
 
 class Optimizers:
@@ -48,23 +49,37 @@ class Optimizers:
 def param_groups(model: torch.nn.Module, muon: bool) -> dict[str, list[torch.nn.Parameter]]:
     """Split trainable weights into muon, decay and plain (no decay). A tied weight appears once."""
     groups: dict[str, list[torch.nn.Parameter]] = {"muon": [], "decay": [], "plain": []}
+    tables = {id(part.weight) for part in model.modules() if isinstance(part, torch.nn.Embedding)}  # whatever called
+    blocks = getattr(model, "blocks", None)
+    inside = {id(p) for p in blocks.parameters()} if isinstance(blocks, torch.nn.Module) else set()
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if p.ndim < 2 or "embed" in name:
+        if p.ndim < 2 or "embed" in name or id(p) in tables:
             kind = "plain"
         else:
-            kind = "muon" if muon and p.ndim == 2 and ".layers." in f".{name}" else "decay"
+            kind = "muon" if muon and p.ndim == 2 and (".layers." in f".{name}" or id(p) in inside) else "decay"
         groups[kind].append(p)
     return groups
 
 
-def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> Optimizers:
-    """The optimizer of a recipe, over the trainable weights of `model` (fp32 masters)."""
+def build_optimizer(
+    model: torch.nn.Module, config: OptimConfig, rates: Mapping[str, float] | None = None
+) -> Optimizers:
+    """The optimizer of a recipe, over the trainable weights of `model` (fp32 masters).
+
+    rates: parameter name -> factor on AdamW's learning rate, where it is not 1 (LoRA+).
+    """
     groups = param_groups(model, muon=config.name == "muon")
+    factors = {id(p): (rates or {}).get(name, 1.0) for name, p in model.named_parameters()}
     adamw = [
-        {"params": groups["decay"], "weight_decay": config.weight_decay},
-        {"params": groups["plain"], "weight_decay": 0.0},
+        {
+            "params": [p for p in groups[kind] if factors[id(p)] == factor],
+            "lr": config.lr * factor,
+            "weight_decay": decay,
+        }
+        for kind, decay in (("decay", config.weight_decay), ("plain", 0.0))
+        for factor in sorted(set(factors.values()))
     ]
     parts: dict[str, torch.optim.Optimizer] = {}
     if groups["muon"]:
@@ -72,6 +87,8 @@ def build_optimizer(model: torch.nn.Module, config: OptimConfig) -> Optimizers:
             groups["muon"], lr=config.muon_lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
     adamw = [group for group in adamw if group["params"]]
-    if adamw:
+    if adamw and config.paged:
+        parts["adamw"] = paged_adamw(adamw, config.lr, config.betas, config.eps)
+    elif adamw:
         parts["adamw"] = torch.optim.AdamW(adamw, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)
     return Optimizers(**parts)

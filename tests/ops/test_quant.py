@@ -27,7 +27,7 @@ from groundup.ops.quant import (
     to_levels,
     unpack_int4,
 )
-from groundup.ops.quant_nf4 import nf4_levels, quantize_nf4
+from groundup.ops.quant_nf4 import dynamic_levels, nf4_levels, quantize_nf4
 
 PER = ["tensor", "channel", 16]
 
@@ -300,20 +300,22 @@ def test_llm_int8_keeps_outlier_columns():
 
 # NF4
 
-QLORA = [  # the table of QLoRA's appendix E
-    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
-    -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
-    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
-]  # fmt: skip
+
+def nf4_codes(part):
+    """Of each block, 0 to 15."""
+    return torch.stack([part.codes >> 4, part.codes & 15], -1).flatten(1)
 
 
-def test_nf4_levels_are_those_of_the_paper():
-    torch.testing.assert_close(nf4_levels(), torch.tensor(QLORA), atol=2e-6, rtol=0)
+def test_nf4_levels_are_quantiles_of_the_normal_distribution():
+    edge = 1 - (1 / 30 + 1 / 32) / 2  # half a step is left out, a step being 1/15 below and 1/16 above: their mean
+    above = torch.special.ndtri(torch.linspace(0.5, edge, 9, dtype=torch.float64))
+    below = -torch.special.ndtri(torch.linspace(edge, 0.5, 8, dtype=torch.float64))
+    torch.testing.assert_close(nf4_levels(), (torch.cat([below, above[1:]]) / above[-1]).float(), atol=2e-6, rtol=0)
 
 
 def test_nf4_levels_are_used_alike_by_normal_numbers():
-    part = quantize_nf4(random(1, 64 * 4000), block=64)
-    shares = torch.bincount(unpack_int4(part.codes, signed=False).flatten().long(), minlength=16) / (64 * 4000)
+    part = quantize_nf4(random(1, 64 * 4000))
+    shares = torch.bincount(nf4_codes(part).flatten().long(), minlength=16) / (64 * 4000)
     assert shares[1:15].min() > 0.03 and shares.max() < 0.11  # 4 equal bits would give 0.0005 to 0.16
     assert (shares[1:15].max() / shares[1:15].min()) < 3
 
@@ -323,29 +325,28 @@ def test_nf4_takes_the_nearest_level_of_the_block():
     part = quantize_nf4(x)
     top = F.pad(x.flatten(), (0, 16)).view(-1, 64).abs().amax(1, keepdim=True)
     near = (F.pad(x.flatten(), (0, 16)).view(-1, 64) / top)[..., None] - nf4_levels()
-    assert torch.equal(unpack_int4(part.codes, signed=False).long(), near.abs().argmin(-1))
+    assert torch.equal(nf4_codes(part).long(), near.abs().argmin(-1))
     assert part.dequantize().shape == x.shape
 
 
-def test_nf4_equals_bitsandbytes():
-    functional = pytest.importorskip("bitsandbytes.functional")
-    x = random(16, 64)
-    packed, state = functional.quantize_4bit(x, blocksize=64, quant_type="nf4")
-    ours = unpack_int4(quantize_nf4(x).codes, signed=False)
-    theirs = unpack_int4(packed.view(-1, 32), signed=False)
-    assert torch.equal(ours.unflatten(1, (-1, 2)).flip(-1).flatten(1), theirs)  # theirs begin in the high half
-    torch.testing.assert_close(state.absmax, x.abs().amax(1))
+def test_levels_of_scales_are_finer_towards_zero():
+    levels = dynamic_levels()
+    assert len(levels) == len(levels.unique()) == 256 and (levels.diff() > 0).all()
+    assert levels[-1] == 1 and 0 in levels and levels.abs()[levels != 0].min() < 1e-6
+    assert torch.equal(levels[(levels > 0) & (levels < 1)], -levels[levels < 0].flip(0))
+    decade = levels[(levels > 0.1) & (levels < 1)]
+    torch.testing.assert_close(decade.diff(), torch.full((63,), 0.9 / 64), atol=1e-6, rtol=0)
 
 
 def test_double_quantisation():
     x = random(512, 64, scale=0.02)
-    part = quantize_nf4(x)
-    assert part.bits() == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=2e-3)
+    part, plain = quantize_nf4(x), quantize_nf4(x, double=False)
+    assert 8 * part.nbytes / x.numel() == pytest.approx(4 + 8 / 64 + 32 / (64 * 256), abs=2e-3)
+    assert 8 * plain.nbytes / x.numel() == 4.5
     tops = x.abs().amax(1)
-    scales = part.dequantize().abs().amax(1)  # the largest of a block is level 1 or -1 (or a neighbour below)
-    exact = nf4_levels()[unpack_int4(part.codes, signed=False).long()] * tops[:, None]
-    assert (scales / tops - 1).abs().max() < 0.05
-    once, twice = (x - exact).square().mean(), (x - part.dequantize()).square().mean()
+    assert torch.equal(plain.scales(), tops)
+    assert (part.scales() / tops - 1).abs().max() < 0.05
+    once, twice = (x - plain.dequantize()).square().mean(), (x - part.dequantize()).square().mean()
     assert once < twice < 1.05 * once  # what the second rounding adds
     assert math.sqrt(twice) < 0.1 * x.std()
     assert not quantize_nf4(torch.zeros(3, 64)).dequantize().any()

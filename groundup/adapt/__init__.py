@@ -1,0 +1,1 @@
+"""What moves when not everything moves? Open lora.py first."""
