@@ -14,6 +14,7 @@ from groundup.data.read import Reader
 from groundup.data.rows import Text
 from groundup.errors import UserError
 from groundup.infer.quality import Quantized, quality
+from groundup.model.prefix import prefix_length
 from groundup.objectives.next_token import bits_per_byte, next_token
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def measure_files(
     quantize: a scheme; "quantized" then says what it costs on this file (infer/quality.py).
     Text goes on from row to row of seq_len tokens without seeing the row before; chats are cut to one row.
     """
-    length = min(seq_len or SEQ_LEN, model.config.max_position_embeddings)
+    length = min(seq_len or SEQ_LEN, model.config.max_position_embeddings - prefix_length(model.soft_prefix))
     results = []
     for path in paths:
         kind = "text" if isinstance(next(iter(Reader(path))), Text) else "chat"

@@ -32,14 +32,13 @@ def evaluate(
     """
     if not data and not world:
         raise UserError("groundup eval", "nothing to measure", "give --data FILES or --world")
+    from groundup.adapt.open import open_model, open_tokenizer
     from groundup.device import pick_device, set_threads
     from groundup.eval.bpb import measure_files
-    from groundup.model.io import load_model
-    from groundup.tokenizer import load_tokenizer
 
     set_threads()
-    tokenizer = load_tokenizer(path)
-    model = load_model(path, device=pick_device(device))
+    tokenizer = open_tokenizer(path)
+    model = open_model(path, device=pick_device(device))
     result: dict[str, Any] = {"model": str(path)}
     if data:
         result["files"] = measure_files(model, tokenizer, data, quantize=quantize)

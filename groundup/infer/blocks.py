@@ -6,6 +6,9 @@ what may come, and two sequences that begin alike share the blocks of what they 
 A full block is known by (the name of the block before it, its tokens), compared by value: no hash can collide, so no
 request ever reads another's text. Blocks that nobody uses keep their content until they are needed, the longest unused
 first.
+
+Where a soft prompt stands before every sequence, the first blocks of all are the prefix's own. Its last one may be half
+full: a sequence writes on in a copy.
 """
 
 from __future__ import annotations
@@ -22,15 +25,34 @@ class OutOfBlocks(Exception):
 
 
 class BlockManager:
-    """`num_blocks` blocks of `block_size` tokens. sharing: whether full blocks are found again."""
+    """`num_blocks` blocks of `block_size` tokens. sharing: whether full blocks are found again.
 
-    def __init__(self, num_blocks: int, block_size: int, sharing: bool = True) -> None:
+    prefix: virtual tokens that stand before every sequence; they lie in `prefix_blocks`, which are never let go.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, sharing: bool = True, prefix: int = 0) -> None:
         self.num_blocks, self.block_size, self.sharing = num_blocks, block_size, sharing
+        self.prefix = prefix
         self.references = [0] * num_blocks
         self._free = OrderedDict.fromkeys(range(num_blocks))  # the next to take first
         self._named: dict[Key, tuple[int, int]] = {}  # content -> (block, its name)
         self._key_of: dict[int, Key] = {}
         self._names = count()
+        self.prefix_blocks = [self.take() for _ in range(self.count(0))]
+
+    def count(self, tokens: int) -> int:
+        """Blocks that a sequence of so many tokens needs, the prefix's among them."""
+        return -(-(self.prefix + tokens) // self.block_size)
+
+    def held(self, index: int) -> slice:
+        """Which of a sequence's tokens its block number `index` holds when it is full."""
+        start = index * self.block_size - self.prefix
+        return slice(max(start, 0), max(start + self.block_size, 0))
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a sequence that has all blocks to itself."""
+        return (self.num_blocks - len(self.prefix_blocks)) * self.block_size - self.prefix % self.block_size
 
     @property
     def available(self) -> int:
@@ -83,19 +105,19 @@ class BlockManager:
         return name
 
     def match(self, ids: Sequence[int], root: Hashable) -> tuple[list[int], list[Hashable]]:
-        """The blocks that hold the beginning of ids, and their names; refers to them. The last token is left to be
-        computed: its logits are wanted. root: who may share (an adapter, a tenant)."""
-        blocks: list[int] = []
-        names: list[Hashable] = []
-        if not self.sharing:
-            return blocks, names
+        """The blocks that hold the beginning of ids, the prefix's first, and names of the full ones; refers to them.
+        The last token is left to be computed: its logits are wanted. root: who may share (an adapter, a tenant)."""
+        whole = self.prefix // self.block_size
+        blocks, names = self.prefix_blocks[:whole], [root] * whole
         name: Hashable = root
-        for start in range(0, len(ids) - self.block_size, self.block_size):
-            found = self._named.get((name, tuple(ids[start : start + self.block_size])))
+        while self.sharing and self.held(len(blocks)).stop < len(ids):
+            found = self._named.get((name, tuple(ids[self.held(len(blocks))])))
             if found is None:
                 break
             block, name = found
             blocks.append(block)
             names.append(name)
+        if len(blocks) == whole:
+            blocks += self.prefix_blocks[whole:]
         self.share(blocks)
         return blocks, names

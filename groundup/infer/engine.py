@@ -21,11 +21,13 @@ from groundup.infer.blocks import BlockManager
 from groundup.infer.grammar import GrammarCompiler
 from groundup.infer.paged import PagedCache
 from groundup.infer.params import SamplingParams, TokenLogprob
+from groundup.infer.prefix import check_prefix
 from groundup.infer.runner import Runner
 from groundup.infer.sampler import NO_TOKEN, SamplingState, sample, token_logprob
 from groundup.infer.scheduler import Scheduler, Work
 from groundup.infer.sequence import Delta, Request, Sequence
 from groundup.infer.speculate import Drafter
+from groundup.model.prefix import prefix_length
 from groundup.model.transformer import Transformer
 from groundup.tokenizer import Tokenizer
 
@@ -50,7 +52,10 @@ class EngineSettings:
 
 
 class Engine:
-    """drafter: guesses the next tokens (speculate.py); what is answered is the same with and without."""
+    """drafter: guesses the next tokens (speculate.py); what is answered is the same with and without.
+
+    A model's soft prompt stands before every request, in blocks that all share (prefix.py); no count includes it.
+    """
 
     def __init__(
         self,
@@ -61,16 +66,21 @@ class Engine:
     ) -> None:
         self.tokenizer, self.settings = tokenizer, settings or EngineSettings()
         self.model, self.drafter = model, drafter
-        self.context = model.config.max_position_embeddings
+        prefix = check_prefix(model)
+        self.context = model.config.max_position_embeddings - prefix
         size = self.settings.block_size
         num_blocks = self.settings.num_blocks or _num_blocks(model, self.settings)
+        if -(-prefix // size) >= num_blocks:
+            raise UserError("memory", f"the soft prompt of {prefix} tokens fills the cache", "give it more memory")
+        self.blocks = BlockManager(num_blocks, size, self.settings.prefix_sharing, prefix)
         self.runner = Runner(model, num_blocks, size, self.settings.quantize)
-        self.blocks = BlockManager(num_blocks, size, self.settings.prefix_sharing)
+        if model.soft_prefix:
+            self.runner.hold(model.soft_prefix, self.blocks.prefix_blocks)
         self.scheduler = Scheduler(
             self.blocks, self.settings.max_batch_tokens, self.settings.max_sequences, self._copy_block
         )
         if drafter is not None:
-            drafter.prepare(model.config.vocab_size, num_blocks, size)
+            drafter.prepare(model.config.vocab_size, self.blocks)
         self._compiler = GrammarCompiler(tokenizer)
         self._numbers = count()
         self._held: list[Delta] = []  # of others, while one caller waits for its own
@@ -94,7 +104,7 @@ class Engine:
             raise UserError("adapter", f"{adapter!r} is not loaded", "start with --adapter NAME=PATH")
         if params.n > self.settings.max_sequences:
             raise UserError("n", f"{params.n} answers at once", f"at most {self.settings.max_sequences}")
-        capacity = min(self.context, self.blocks.num_blocks * self.settings.block_size)
+        capacity = min(self.context, self.blocks.capacity)
         ends = frozenset() if params.ignore_eos else frozenset(self.tokenizer.stop_ids)
         request = Request(
             next(self._numbers),
@@ -247,7 +257,8 @@ class Engine:
         if start == 0:  # once more from the start, after a preemption
             request.prompt_logprobs.clear()
         if request.embedding is not None:
-            request.embedding = hidden_CD[: end - start].float().sum(0).cpu() + (request.embedding if start else 0)
+            plain_CD = hidden_CD[: end - start, : self.model.config.hidden_size]  # without what a head's bias needs
+            request.embedding = plain_CD.float().sum(0).cpu() + (request.embedding if start else 0)
         if request.params.prompt_logprobs is not None:
             targets = request.prompt_ids[start + 1 : end + 1]
             if targets:
@@ -263,7 +274,7 @@ class Engine:
         wrong = next((i for i in ids if not 0 <= i < vocab), None)
         if wrong is not None:
             raise UserError(where, f"{wrong} is no token id", f"the vocabulary is 0 to {vocab - 1}")
-        capacity = self.blocks.num_blocks * self.settings.block_size
+        capacity = self.blocks.capacity
         if self.settings.truncate_prompt and len(ids) >= min(self.context, capacity):
             ids = ids[-min(self.context, capacity) + 1 :]
         if len(ids) >= self.context:
@@ -293,7 +304,8 @@ def _num_blocks(model: Transformer, settings: EngineSettings) -> int:
     if memory is None:
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
         memory = free * (0.8 if device.type == "cuda" else 0.25)
-    most = settings.max_sequences * -(-model.config.max_position_embeddings // settings.block_size)
+    each, prefix = model.config.max_position_embeddings, prefix_length(model.soft_prefix)
+    most = settings.max_sequences * -(-each // settings.block_size) + -(-prefix // settings.block_size)
     found = int(memory // PagedCache.bytes_per_block(model.config, settings.block_size, dtype))
     if found < 1:
         raise UserError("memory", f"{memory:.0f} bytes hold no block of keys and values", "give the cache more memory")

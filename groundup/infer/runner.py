@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence as Ids
 from pathlib import Path
 
@@ -9,13 +10,18 @@ import torch
 from torch import nn
 
 from groundup.device import return_memory, use_huge_pages
+from groundup.errors import UserError
 from groundup.infer.adapters import Adapter, Rows, add_deltas, load_adapter
+from groundup.infer.foreign import recompute
 from groundup.infer.fused import fuse, product
 from groundup.infer.graphs import DecodeGraphs
 from groundup.infer.linear import head_scheme
 from groundup.infer.paged import PagedCache, PagedRows
+from groundup.infer.prefix import write_prefix
 from groundup.infer.quality import QuantizedLinear
 from groundup.infer.scheduler import Work
+from groundup.model.foreign import Foreign
+from groundup.model.prefix import SoftPrefix, prefix_length
 from groundup.model.transformer import Transformer
 
 
@@ -26,9 +32,13 @@ class Runner:
         weight = model.head_weight
         self.model, self.device = model, weight.device
         scratch = num_blocks  # one block more, for recorded steps to write nothing to
-        self.cache = PagedCache(model.config, num_blocks + 1, block_size, weight.device, weight.dtype)
-        self.graphs = DecodeGraphs(model, scratch) if weight.device.type == "cuda" else None
+        foreign = isinstance(model, Foreign)
+        self.cached = not foreign or model.servable
+        blocks = num_blocks + 1 if self.cached else 0
+        self.cache = PagedCache(model.config, blocks, block_size, weight.device, weight.dtype)
+        self.graphs = DecodeGraphs(model, scratch) if weight.device.type == "cuda" and not foreign else None
         self.adapters: dict[str, Adapter] = {}
+        self.prefix = 0  # virtual tokens that lie before every sequence's own
         self._rows: PagedRows | None = None
         self._fused = fuse(model, quantize)
         if self._fused is None and quantize:
@@ -41,9 +51,11 @@ class Runner:
 
     def hidden(self, work: Ids[Work]) -> torch.Tensor:
         """Hidden states of all tokens of the work, piece after piece, [N, D]; their keys and values are stored."""
+        if not self.cached:
+            return recompute(self.model, work, self.device)
         ids = [token for item in work for token in item.tokens]
         tables = [item.sequence.blocks for item in work]
-        starts, counts = [item.start for item in work], [len(item) for item in work]
+        starts, counts = [self.prefix + item.start for item in work], [len(item) for item in work]
         ids_N = torch.tensor(ids, device=self.device)
         self._rows = rows = PagedRows(self.cache, tables, starts, counts, self._adapted(work))
         if self._fused is not None:
@@ -51,6 +63,11 @@ class Runner:
         if self.graphs is not None and not rows.adapters and all(len(item) == 1 for item in work):
             return self.graphs.hidden(ids_N, rows)
         return self.model.hidden(ids_N[None], cache=rows)[0]
+
+    def hold(self, prefix: SoftPrefix, blocks: Ids[int]) -> None:
+        """From now on every sequence begins with this prefix, in these blocks."""
+        write_prefix(self.cache, blocks, prefix)
+        self.prefix = prefix_length(prefix)
 
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Let requests name this LoRA adapter. UserError where it does not fit the model."""
@@ -63,7 +80,7 @@ class Runner:
     def _add_deltas(self, layer: nn.Module, inputs: tuple[torch.Tensor], out_1NE: torch.Tensor) -> torch.Tensor:
         assert isinstance(layer, nn.Linear)
         rows = self._rows.adapters if self._rows is not None else ()
-        return add_deltas(out_1NE[0], inputs[0][0], [layer], rows)[None]
+        return add_deltas(out_1NE.flatten(0, -2), inputs[0].flatten(0, -2), [layer], rows).view_as(out_1NE)
 
     def _adapted(self, work: Ids[Work]) -> Rows:
         places: dict[str, list[int]] = {}
@@ -81,8 +98,21 @@ class Runner:
 
 
 def _replace_linears(model: Transformer, scheme: str) -> None:
-    """Every matrix of the blocks by its quantised twin, where the fused blocks cannot do it."""
-    for part in [part for block in model.blocks for part in block.modules()]:
+    """Every matrix of the blocks by its quantised twin, where the fused blocks cannot do it.
+
+    UserError where that would be none; a warning where it is not nearly all (experts, whose matrices are one tensor).
+    """
+    blocks = list(model.blocks)
+    total, done = sum(p.numel() for block in blocks for p in block.parameters()), 0
+    for part in [part for block in blocks for part in block.modules()]:
         for name, child in list(part.named_children()):
             if type(child) is nn.Linear:
+                done += child.weight.numel()
                 setattr(part, name, QuantizedLinear(child, scheme))
+    kind = model.config.model_type
+    if not done:
+        why = f"{kind} has no matrices of the kind that can be kept in {scheme}"
+        raise UserError("quantize", why, "leave it out")
+    if done < 0.9 * total:
+        what = f"{done / total:.0%} of {kind}'s blocks can be kept in {scheme}, the rest stays as it is"
+        warnings.warn(f"quantize: {what}", stacklevel=2)

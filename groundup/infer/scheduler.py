@@ -73,13 +73,11 @@ class Scheduler:
 
     def computed(self, sequence: Sequence, count: int) -> None:
         """`count` more tokens of the sequence lie in the cache: name the blocks that became full."""
-        size = self.blocks.block_size
         sequence.computed += count
-        while (len(sequence.names) + 1) * size <= sequence.computed:
-            start = len(sequence.names) * size
+        while (held := self.blocks.held(len(sequence.names))).stop <= sequence.computed:
             before = sequence.names[-1] if sequence.names else sequence.request.root
             block = sequence.blocks[len(sequence.names)]
-            sequence.names.append(self.blocks.seal(block, before, sequence.ids[start : start + size]))
+            sequence.names.append(self.blocks.seal(block, before, sequence.ids[held]))
 
     def fork(self, parent: Sequence, child: Sequence) -> None:
         """The child goes on from the parent's prompt, in the parent's blocks."""
@@ -100,12 +98,12 @@ class Scheduler:
         """Begin a waiting sequence where there is room for all of it that is known, beside the running ones' next
         block; what the cache already holds is not computed again."""
         if not sequence.blocks:
-            if sequence.output_ids or not sequence.request.reads_prompt:
-                sequence.blocks, sequence.names = self.blocks.match(sequence.ids, sequence.request.root)
-            sequence.computed = sequence.draft_computed = len(sequence.blocks) * self.blocks.block_size
+            known = sequence.ids if sequence.output_ids or not sequence.request.reads_prompt else []
+            sequence.blocks, sequence.names = self.blocks.match(known, sequence.request.root)
+            sequence.computed = sequence.draft_computed = self.blocks.held(len(sequence.names)).start
             if not sequence.output_ids:
                 sequence.request.cached_tokens = sequence.computed
-        missing = self._blocks_for(len(sequence.ids)) - len(sequence.blocks)
+        missing = self.blocks.count(len(sequence.ids)) - len(sequence.names)
         if missing + len(self.running) > self.blocks.available and self.running:
             self._forget(sequence)
             return None
@@ -137,17 +135,14 @@ class Scheduler:
 
     def _reserve(self, sequence: Sequence, tokens: int) -> None:
         """Slots for the first `tokens` tokens, none of them in a block that another sequence reads. OutOfBlocks."""
-        at = sequence.computed // self.blocks.block_size
+        at = self.blocks.count(sequence.computed + 1) - 1
         if at < len(sequence.blocks) and self.blocks.references[sequence.blocks[at]] > 1:
             shared, own = sequence.blocks[at], self.blocks.take()
             self.copy(shared, own)
             sequence.blocks[at] = own
             self.blocks.release([shared])
-        while len(sequence.blocks) < self._blocks_for(tokens):
+        while len(sequence.blocks) < self.blocks.count(tokens):
             sequence.blocks.append(self.blocks.take())
-
-    def _blocks_for(self, tokens: int) -> int:
-        return -(-tokens // self.blocks.block_size)
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

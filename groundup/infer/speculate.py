@@ -14,6 +14,8 @@ from weakref import WeakKeyDictionary
 import torch
 
 from groundup.errors import UserError
+from groundup.infer.blocks import BlockManager
+from groundup.infer.prefix import draft_prefix
 from groundup.infer.runner import Runner
 from groundup.infer.scheduler import Work
 from groundup.infer.sequence import Sequence
@@ -25,7 +27,7 @@ class Drafter(Protocol):
 
     tokens: int
 
-    def prepare(self, vocab_size: int, num_blocks: int, block_size: int) -> None:
+    def prepare(self, vocab_size: int, blocks: BlockManager) -> None:
         """Called once by the engine. UserError where the two do not fit together."""
 
     def propose(self, sequences: Ids[Sequence]) -> None:
@@ -45,7 +47,7 @@ class NgramDrafter:
         self.tokens, self.lengths = tokens, range(longest, shortest - 1, -1)
         self._places: WeakKeyDictionary[Sequence, tuple[int, dict[tuple[int, ...], int]]] = WeakKeyDictionary()
 
-    def prepare(self, vocab_size: int, num_blocks: int, block_size: int) -> None:
+    def prepare(self, vocab_size: int, blocks: BlockManager) -> None:
         """Nothing to prepare."""
 
     def propose(self, sequences: Ids[Sequence]) -> None:
@@ -79,11 +81,13 @@ class ModelDrafter:
     def __init__(self, model: Transformer, tokens: int = 4, max_batch_tokens: int = 512) -> None:
         self.model, self.tokens, self.max_batch_tokens = model, tokens, max_batch_tokens
 
-    def prepare(self, vocab_size: int, num_blocks: int, block_size: int) -> None:
+    def prepare(self, vocab_size: int, blocks: BlockManager) -> None:
         own = self.model.config.vocab_size
         if own != vocab_size:
             raise UserError("draft model", f"has {own} tokens, the model {vocab_size}", "use one of the same tokenizer")
-        self.runner = Runner(self.model, num_blocks, block_size)
+        self.runner = Runner(self.model, blocks.num_blocks, blocks.block_size)
+        if blocks.prefix:
+            self.runner.hold(draft_prefix(self.model, blocks.prefix), blocks.prefix_blocks)
 
     def copy(self, source: int, target: int) -> None:
         self.runner.cache.copy(source, target)

@@ -88,13 +88,12 @@ def run_generate(
 
 def load_pair(path: str | Path, device: str = "auto") -> tuple[Transformer, Tokenizer]:
     """Model and tokenizer of a folder, on a device, ready to answer."""
+    from groundup.adapt.open import open_model, open_tokenizer
     from groundup.device import pick_device, set_threads
-    from groundup.model.io import load_model
-    from groundup.tokenizer import load_tokenizer
 
     set_threads()
-    tokenizer = load_tokenizer(path)
-    return load_model(path, device=pick_device(device)), tokenizer
+    tokenizer = open_tokenizer(path)
+    return open_model(path, device=pick_device(device)), tokenizer
 
 
 def _encode(
