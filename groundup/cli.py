@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from pathlib import Path
@@ -10,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from groundup.cli_files import data_app, tokenizer_app
+from groundup.cli_show import Json, show
 from groundup.errors import UserError
 
 app = typer.Typer(
@@ -19,18 +20,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-tokenizer_app = typer.Typer(help="Train and measure tokenizers.", no_args_is_help=True)
-data_app = typer.Typer(help="Look at data files, and clean them.", no_args_is_help=True)
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout instead of text for people.")]
 ModelDir = Annotated[Path, typer.Argument(metavar="DIR", help="A model folder (config.json, safetensors, tokenizer).")]
 Quantize = Annotated[
     str | None, typer.Option(metavar="SCHEME", help="int8, int8-weight or int4: less memory, more speed.")
 ]
 Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=PATH", help="A LoRA adapter.")]
-TokenizerDir = Annotated[Path | None, typer.Option("--tokenizer", metavar="DIR", help="A tokenizer folder.")]
 
 
 @app.callback()
@@ -73,7 +70,7 @@ def quickstart(
     text = "\n".join(
         ["", *_summary(report), f"report: {output / 'report.md'}", *map("next: {}".format, report["next_commands"])]
     )
-    _show(report, as_json, text)
+    show(report, as_json, text)
 
 
 @app.command()
@@ -92,7 +89,7 @@ def train(
     figures = ", ".join(f"{k} {v:.4g}" for k, v in result["metrics"].items() if isinstance(v, float))
     if os.environ.get("RANK", "0") != "0":  # under torchrun one process speaks
         return
-    _show(result, as_json, f"{text}: {result['output']} ({result['steps']} steps; {figures})")
+    show(result, as_json, f"{text}: {result['output']} ({result['steps']} steps; {figures})")
 
 
 @app.command()
@@ -175,7 +172,7 @@ def evaluate(
     """Measure a model: bits per byte on files, exact match on the built-in world, what quantising costs."""
     from groundup.eval.run import evaluate as run
 
-    _show(run(model, data=data or [], world=world, seed=seed, quantize=quantize), as_json)
+    show(run(model, data=data or [], world=world, seed=seed, quantize=quantize), as_json)
 
 
 @app.command()
@@ -248,7 +245,7 @@ def export(
     """Write a model for other programs, checked to be the same model."""
     from groundup.export.run import export as run
 
-    _show(run(model, to, quant, output, max_shard_bytes=int(max_shard_size * 1e9)), as_json)
+    show(run(model, to, quant, output, max_shard_bytes=int(max_shard_size * 1e9)), as_json)
 
 
 @app.command(name="import")
@@ -260,7 +257,36 @@ def import_(
     """Make a model folder of a GGUF file: weights dequantised, tokenizer and chat template included."""
     from groundup.export.from_gguf import import_gguf
 
-    _show(import_gguf(file, output), as_json)
+    show(import_gguf(file, output), as_json)
+
+
+@app.command()
+def merge(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="The folder of the model that they were trained on.")],
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER[=WEIGHT]...", help="Adapter folders.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The model folder to make.")],
+    as_json: Json = False,
+) -> None:
+    """Put adapters into their base: a plain model folder, checked to say the same."""
+    from groundup.adapt.merge import merge as run
+
+    show(run(base, [_weighted(text) for text in adapters], output), as_json)
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(metavar="FILE_OR_DIR", help="Pickled weights: .bin, .pth, .pt.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The model folder to make.")],
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Where config.json and tokenizer lie, if not beside."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Make a stock folder (safetensors) of pickled weights. Nothing in the pickle is run."""
+    from groundup.model.convert import convert as run
+
+    show(run(source, output, config), as_json)
 
 
 @app.command()
@@ -274,7 +300,7 @@ def world(
     from groundup.world import World
 
     counts = World(seed=seed).write(output, documents=documents)
-    _show(counts, as_json)
+    show(counts, as_json)
 
 
 @app.command()
@@ -286,81 +312,18 @@ def plan(
     """Will it fit? Estimate the memory of a recipe, part by part, against what this machine has free."""
     from groundup.plan.memory import plan_recipe
 
-    _show(plan_recipe(recipe, overrides or []), as_json)
+    show(plan_recipe(recipe, overrides or []), as_json)
 
 
-@tokenizer_app.command("train")
-def tokenizer_train(
-    files: Annotated[list[Path], typer.Argument(metavar="FILES...")],
-    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the tokenizer.")],
-    vocab_size: Annotated[int, typer.Option(help="Entries, special tokens included.")] = 6400,
-    as_json: Json = False,
-) -> None:
-    """Train a byte-level BPE tokenizer on files of any known format."""
-    from groundup.data.texts import train_tokenizer_on
-
-    _show(train_tokenizer_on(files, vocab_size, output), as_json)
-
-
-@data_app.command("inspect")
-def data_inspect(
-    file: Annotated[str, typer.Argument(metavar="FILE", help="A data file, or FOLDER:NAME of a dataset_info.json.")],
-    tokenizer: TokenizerDir = None,
-    rows: Annotated[int, typer.Option(min=0, help="Rows shown with their trained tokens coloured.")] = 3,
-    as_json: Json = False,
-) -> None:
-    """Format, counts, lengths, and rows as the model sees them (trained tokens coloured)."""
-    from groundup.data.inspect import inspect_file
-    from groundup.tokenizer import load_tokenizer
-
-    report = inspect_file(file, tokenizer=load_tokenizer(tokenizer) if tokenizer else None, samples=rows)
-    if as_json:
-        _show(report.to_json(), True)
-    else:
-        report.print()
-
-
-@data_app.command("clean")
-def data_clean(
-    files: Annotated[list[Path], typer.Argument(metavar="FILES...")],
-    output: Annotated[Path, typer.Option(metavar="FILE", help="Kept rows, as jsonl.")],
-    near_threshold: Annotated[
-        float, typer.Option(min=0, max=1, help="Similarity of near duplicates; 0: exact only.")
-    ] = 0.8,
-    min_chars: Annotated[int, typer.Option(min=0)] = 1,
-    max_chars: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 0,
-    min_charset_ratio: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of letters, digits and CJK in a row.")
-    ] = 0.0,
-    as_json: Json = False,
-) -> None:
-    """Remove exact and near duplicates, and rows outside length or charset limits; report what went."""
-    from groundup.data.clean import clean
-
-    report = clean(
-        files,
-        output,
-        near_threshold=near_threshold,
-        min_chars=min_chars,
-        max_chars=max_chars,
-        min_charset_ratio=min_charset_ratio,
-    )
-    if as_json:
-        _show(report.to_json(), True)
-    else:
-        report.print()
-
-
-def _show(result: dict[str, Any], as_json: bool, text: str | None = None) -> None:
-    """One JSON object on stdout, or the text (default: a key and value a line)."""
-    if as_json:
-        print(json.dumps(result, ensure_ascii=False, default=str))
-    elif text is not None:
-        print(text)
-    else:
-        for key, value in result.items():
-            nested = isinstance(value, (dict, list))
-            print(f"{key}: {json.dumps(value, ensure_ascii=False, default=str) if nested else value}")
+def _weighted(text: str) -> tuple[str, float]:
+    """`DIR` or `DIR=0.5`."""
+    path, sep, weight = text.rpartition("=")
+    if not sep or Path(text).exists():
+        return text, 1.0
+    try:
+        return path, float(weight)
+    except ValueError:
+        raise UserError(text, f"{weight!r} is no weight", "write ADAPTER=0.5, or the folder alone") from None
 
 
 def _summary(report: dict[str, Any]) -> list[str]:
@@ -396,6 +359,8 @@ def main() -> None:
         hint = "" if code == 2 else " (a fault of groundup's own: --debug shows the traceback)"
         text = str(error) if code == 2 else f"{type(error).__name__}: {error}"
         print(f"error: {' '.join(text.split())}{hint}", file=sys.stderr)
+        if isinstance(error, UserError) and error.detail:
+            print(error.detail, file=sys.stderr)
         sys.exit(code)
 
 

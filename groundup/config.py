@@ -69,10 +69,46 @@ class OptimConfig(_Section):
     weight_decay: float = Field(0.1, ge=0)
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
+    paged: bool = Field(False, description="CUDA: AdamW's moments leave the GPU when it is full (bitsandbytes)")
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     warmup: float = Field(0.02, ge=0, description="steps if 1 or more, else a share of the run")
     decay: float = Field(0.2, ge=0, le=1, description="wsd: share of the run that decays")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="final learning rate over the peak")
+
+
+class AdaptConfig(_Section):
+    """What moves when not everything moves. Terms and defaults are PEFT's where it has them."""
+
+    method: Literal[
+        "full", "freeze", "lora", "ia3", "bottleneck", "prompt", "p_tuning", "prefix", "p_tuning_v2"
+    ] = "full"  # fmt: skip
+    target: list[str] = Field(
+        default_factory=lambda: ["all"],
+        description="names (q_proj) or patterns (layers.[01].*proj) of layers; all: as in the method's paper",
+    )
+    rank: int = Field(8, ge=1, description="lora: width of the thin matrices")
+    alpha: float = Field(16.0, gt=0, description="lora: the product is scaled by alpha / rank")
+    dropout: float = Field(0.0, ge=0, lt=1, description="lora, bottleneck")
+    rslora: bool = Field(False, description="scale by alpha / sqrt(rank) instead (arXiv 2312.03732)")
+    dora: bool = Field(False, description="a trained length for each row of the matrix (arXiv 2402.09353)")
+    init: Literal["default", "pissa"] = Field("default", description="pissa: the principal part moves (2404.02948)")
+    lr_ratio: float = Field(1.0, gt=0, description="LoRA+: rate of B over that of A (arXiv 2402.12354)")
+    tokens: int = Field(20, ge=1, description="prompt, p_tuning, prefix, p_tuning_v2: virtual tokens")
+    text: str | None = Field(None, description="prompt: words whose embeddings it starts from")
+    width: int | None = Field(None, ge=1, description="inner width of p_tuning, prefix and bottleneck")
+    first: int = Field(0, ge=0, description="freeze: layers from the start that move")
+    last: int = Field(0, ge=0, description="freeze: layers from the end that move")
+    train: list[str] = Field(default_factory=list, description="freeze: patterns of further parameters that move")
+    save: list[str] = Field(
+        default_factory=list, description="modules trained and saved whole beside the adapter: embed_tokens, lm_head"
+    )
+    base: Literal["full", "int8", "nf4"] = Field("full", description="how the frozen matrices are kept; nf4: QLoRA")
+    double_quant: bool = Field(True, description="nf4: the blocks' scales in 8 bits, too")
+
+    @field_validator("target", "train", "save", mode="before")
+    @classmethod
+    def _one(cls, value: Any) -> Any:
+        return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
 
 class EvalConfig(_Section):
@@ -99,11 +135,13 @@ class Recipe(_Section):
     model: str = Field(description="a preset's name, or a model folder")
     tokenizer: str | None = Field(None, description="a tokenizer folder; default: the model folder's own")
     data: list[SourceConfig] = Field(min_length=1)
+    fill: dict[str, str] = Field(default_factory=dict, description="name: words that stand for {{name}} in the rows")
     output: str = Field(min_length=1)
     seed: int = 0
     cache: str | None = Field(None, description="folder of tokenised shards; default: the user's cache folder")
     train: TrainConfig = Field(default_factory=TrainConfig)
     optim: OptimConfig = Field(default_factory=OptimConfig)
+    adapt: AdaptConfig = Field(default_factory=AdaptConfig)
     eval: EvalConfig = Field(default_factory=EvalConfig)
     log: LogConfig = Field(default_factory=LogConfig)
 

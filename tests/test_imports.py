@@ -22,17 +22,18 @@ MAY_IMPORT: dict[str, set[str]] = {
     "world": {"data", "files"},  # rows only: see test_the_world_takes_only_row_types
     "ops": {"device"},
     "model": {"ops", "files"},
+    "adapt": {"model", "ops", "config", "files", "tokenizer"},
     "objectives": {"ops"},
     "optim": {"config"},
     "dist": {"model"},
-    "infer": {"model", "ops", "tokenizer", "data", "device"},
+    "infer": {"model", "adapt", "ops", "tokenizer", "data", "device"},
     "export": {"model", "tokenizer", "files", "device", "infer"},
-    "plan": {"config", "device", "model", "optim", "objectives", "ops", "data", "tokenizer", "files"},
-    "train": {*"config device tokenizer data ops model objectives optim dist infer plan files".split()},
-    "serve": {"infer", "tokenizer", "model", "data", "device", "config"},
-    "eval": {"infer", "data", "model", "tokenizer", "device", "world", "files", "objectives", "ops"},
+    "plan": {"config", "device", "model", "adapt", "optim", "objectives", "ops", "data", "tokenizer", "files"},
+    "train": {*"config device tokenizer data ops model adapt objectives optim dist infer plan files".split()},
+    "serve": {"infer", "tokenizer", "model", "adapt", "data", "device", "config"},
+    "eval": {"infer", "data", "model", "adapt", "tokenizer", "device", "world", "files", "objectives", "ops"},
 }
-TOP = {"cli", "quickstart", "__init__"}
+TOP = {"cli", "cli_files", "cli_show", "quickstart", "__init__"}
 
 
 def imports_of(path: Path) -> set[str]:

@@ -13,6 +13,8 @@ from groundup.config import Recipe, load_recipe
 from groundup.errors import UserError
 from groundup.files import explain, write_atomic, write_json
 
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors")
+
 
 def cache_folder() -> Path:
     """Where groundup keeps what it can make again: $GROUNDUP_CACHE, else the user's cache folder."""
@@ -49,7 +51,7 @@ class RunFolder:
     def check(self, recipe: Recipe) -> None:
         """UserError where the folder belongs to another recipe, or holds a model that the run would overwrite."""
         if not self.recipe.exists():
-            if (self.path / "config.json").exists() or (self.path / "model.safetensors").exists():
+            if (self.path / "config.json").exists() or any((self.path / name).exists() for name in WEIGHTS):
                 raise UserError(self.path, "holds a model already, which would be overwritten", "choose another output")
             return
         different = first_difference(load_recipe(self.recipe).identity(), recipe.identity())
@@ -68,7 +70,7 @@ class RunFolder:
 
     def result(self) -> dict[str, Any] | None:
         """What a finished run returned, or None."""
-        if not (self.done.exists() and (self.path / "model.safetensors").exists()):
+        if not (self.done.exists() and any((self.path / name).exists() for name in WEIGHTS)):
             return None
         try:
             return json.loads(self.done.read_text(encoding="utf-8"))

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -69,23 +69,24 @@ class Loop:
     """One run of one stage over `steps` optimizer steps.
 
     flops: (tokens, trained tokens) -> floating-point operations, and peak: this device's rate, give `share_of_peak`.
-    Everything that the run writes goes through `folder`, by rank 0.
+    Everything that the run writes goes through `folder`, by rank 0. rates: of single parameters (build_optimizer).
+    base: fingerprint of the frozen weights, which must be the same when the run goes on.
     """
 
     def __init__(
         self, stage: Stage, model: nn.Module, recipe: Recipe, steps: int, folder: RunFolder, place: Place,
         flops: Callable[[float, float], float] = lambda tokens, labels: 0.0, peak: float = 1.0,
-        progress: Progress | None = None,
+        progress: Progress | None = None, rates: Mapping[str, float] | None = None, base: str = "",
     ) -> None:  # fmt: skip
         self.stage, self.model, self.recipe, self.config = stage, model, recipe, recipe.train
-        self.steps, self.folder, self.flops, self.peak = steps, folder, flops, peak
+        self.steps, self.folder, self.flops, self.peak, self.base = steps, folder, flops, peak, base
         self.device, self.world = place.device, place.world
         self.progress = progress or Progress(recipe.stage, steps, on=False)
         self.accumulate = self.config.accumulate
         self.dtype = pick_dtype(self.config.dtype, self.device)
         self.state = State()
         self.ema = EMA(model, self.config.ema)
-        self.optimizer = build_optimizer(model, recipe.optim)
+        self.optimizer = build_optimizer(model, recipe.optim, rates)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.trained = [p for p in model.parameters() if p.requires_grad]
         self.forward = spread(_Forward(stage, model), self.world)
@@ -254,7 +255,7 @@ class Loop:
         files = snapshot.pack(self.model, self.optimizer, self.ema, self.world)
         if self.world.main:
             about = {"steps": self.steps, "ranks": self.world.size, "accumulate": self.accumulate,
-                     "data": self.stage.fingerprint, "scaler": self.scaler.state_dict()}  # fmt: skip
+                     "data": self.stage.fingerprint, "base": self.base, "scaler": self.scaler.state_dict()}  # fmt: skip
             checkpoint.write(self.folder.checkpoints, self.state.step, files, {**asdict(self.state), **about})
             checkpoint.prune(self.folder.checkpoints, self.config.keep_last, self.state.step, self.state.best_step)
         self.world.barrier()
@@ -286,6 +287,10 @@ class Loop:
         if saved["data"] != self.stage.fingerprint:
             raise UserError(
                 path, "the training files have changed since", "choose another output, or restore the files"
+            )
+        if saved.get("base", "") != self.base:
+            raise UserError(
+                path, "the base model's weights have changed since", "restore them, or choose another output"
             )
         micro_steps = saved["ranks"] * saved["accumulate"]
         if micro_steps % self.world.size:

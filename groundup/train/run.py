@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +15,16 @@ import torch
 
 from groundup import dist
 from groundup.config import Recipe, build_recipe, load_recipe
-from groundup.device import compile_policy, keep_memory, peak_flops, pick_device, pick_dtype, set_threads
+from groundup.device import CompilePolicy, compile_policy, keep_memory, peak_flops, pick_device, pick_dtype, set_threads
 from groundup.dist.mesh import rank_and_size
 from groundup.errors import UserError
-from groundup.model.config import ModelConfig, num_parameters
 from groundup.model.flops import Flops
-from groundup.model.io import load_model, save_model
-from groundup.model.presets import preset
-from groundup.model.transformer import Transformer
 from groundup.plan.memory import check_fits
-from groundup.tokenizer import Tokenizer, load_tokenizer
+from groundup.tokenizer import Tokenizer
 from groundup.train import checkpoint
 from groundup.train.folder import RunFolder, cache_folder
 from groundup.train.loop import Loop
+from groundup.train.memory import Meter, measured, table
 from groundup.train.plots import draw
 from groundup.train.prepare import compile_blocks, recompute_blocks
 from groundup.train.pretrain import Pretrain
@@ -36,6 +32,7 @@ from groundup.train.progress import Progress
 from groundup.train.rng import seed_all
 from groundup.train.sft import SFT
 from groundup.train.stage import Place, TokenStage
+from groundup.train.start import SOFT_METHODS, Start, config_of, source_of, start, tokenizer_of
 
 STAGES: dict[str, type[TokenStage]] = {"pretrain": Pretrain, "sft": SFT}
 Hook = Callable[[dict[str, Any]], None]
@@ -80,30 +77,40 @@ def _train(
     recipe: Recipe, folder: RunFolder, world: dist.World, hook: Hook | None, peak: float | None
 ) -> dict[str, Any]:
     device = _machine(recipe)
-    tokenizer = _tokenizer(recipe)
-    config = _model_config(recipe, tokenizer)
-    check_fits(config, recipe, device)
+    source = source_of(recipe)
+    tokenizer = tokenizer_of(recipe, source)
+    config = config_of(recipe, source, tokenizer)
+    planned = check_fits(config, recipe, device)
     stage_type = STAGES[recipe.stage]
     data = stage_type.open(recipe, tokenizer, Path(recipe.cache or cache_folder() / "tokens"))
     world = dist.start(device)  # only now: tokenising may take longer than ranks wait for each other
     stage = stage_type(*data, recipe, Place(device, world))
     seed_all(recipe.seed + world.rank)
-    model = _model(recipe, config).to(device)
+    meter = Meter(device)
+    begun = start(recipe, config, source, tokenizer, pick_dtype(recipe.train.dtype, device))
+    model = begun.model.to(device)
     if world.main:
-        checkpoint.check_space(folder.path, _bytes(model, recipe))
+        checkpoint.check_space(folder.path, _bytes(begun, recipe))
         folder.claim(recipe)
     steps = _steps(recipe, stage, world)
-    flops, peak = Flops(config, recipe.train.seq_len), peak or peak_flops(str(device), recipe.train.dtype)
+    flops, peak = Flops.of(model, recipe.train.seq_len), peak or peak_flops(str(device), recipe.train.dtype)
     shown = Progress(recipe.stage, steps, on=world.main, hook=hook if world.main else None)
-    _describe(shown, recipe, stage, config, world)
+    _describe(shown, recipe, stage, begun, world)
     if recipe.train.activation_checkpointing:
         recompute_blocks(model.blocks)
     policy = compile_policy(recipe.train.compile, device)
+    if recipe.adapt.method in SOFT_METHODS:  # its cache knows its layer by number: each would be compiled apart
+        policy = CompilePolicy(False, "a soft prompt stands before every document")
     compile_blocks(model.blocks, policy)
     shown.say(f"blocks {'compiled' if policy.on else 'not compiled'} ({policy.reason})")
-    loop = Loop(stage, model, recipe, steps, folder, stage.place, flops, peak, shown)
+    loop = Loop(stage, model, recipe, steps, folder, stage.place, flops, peak, shown, begun.rates, begun.fingerprint)
+    meter.begin()
     loop.run()
-    return _finish(loop, model, tokenizer, config)
+    found = measured(model, loop.optimizer, loop.ema.weights, meter.total())
+    if source is not None:
+        for line in table(planned, found):
+            shown.say(line)
+    return _finish(loop, begun, tokenizer, {"planned": planned, "measured": found})
 
 
 def _machine(recipe: Recipe) -> torch.device:
@@ -120,42 +127,6 @@ def _machine(recipe: Recipe) -> torch.device:
     return device
 
 
-def _tokenizer(recipe: Recipe) -> Tokenizer:
-    if recipe.tokenizer is None and not Path(recipe.model).is_dir():
-        preset(recipe.model)  # an unknown name is what to say first
-        fix = "give tokenizer=DIR; make one with groundup tokenizer train FILES --output DIR"
-        raise UserError("tokenizer", f"is missing, and the preset {recipe.model} has none of its own", fix)
-    return load_tokenizer(recipe.tokenizer or recipe.model)
-
-
-def _model_config(recipe: Recipe, tokenizer: Tokenizer) -> ModelConfig:
-    """The model's shape, which must have room for the tokenizer's ids and the recipe's rows."""
-    local = Path(recipe.model).is_dir()
-    config = ModelConfig.from_dir(recipe.model) if local else preset(recipe.model, tokenizer.vocab_size)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"tokenizer={recipe.tokenizer}", f"has {tokenizer.vocab_size} tokens, the model {config.vocab_size}",
-            "use the tokenizer that the model was trained with",
-        )  # fmt: skip
-    if recipe.train.seq_len > config.max_position_embeddings:
-        raise UserError(
-            "train.seq_len", f"{recipe.train.seq_len} exceeds the model's {config.max_position_embeddings} positions",
-            f"use train.seq_len={config.max_position_embeddings} or less",
-        )  # fmt: skip
-    if local:
-        return config
-    return replace(config, bos_token_id=tokenizer.bos_id, eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id)
-
-
-def _model(recipe: Recipe, config: ModelConfig) -> Transformer:
-    """The folder's weights or fresh ones from the seed, as fp32 masters."""
-    if Path(recipe.model).is_dir():
-        return load_model(recipe.model, dtype=torch.float32)
-    model = Transformer(config)
-    model.init_weights(recipe.seed)
-    return model
-
-
 def _global_batch(recipe: Recipe, world: dist.World) -> int:
     """Rows in one optimizer step."""
     return recipe.train.batch_size * recipe.train.accumulate * world.size
@@ -165,15 +136,17 @@ def _steps(recipe: Recipe, stage: TokenStage, world: dist.World) -> int:
     return recipe.train.steps or math.ceil(recipe.train.epochs * len(stage.train) / _global_batch(recipe, world))
 
 
-def _bytes(model: Transformer, recipe: Recipe) -> int:
+def _bytes(begun: Start, recipe: Recipe) -> int:
     """Disk that a checkpoint and the final weights take: masters, two moments at most, average, result."""
-    return sum(p.numel() for p in model.parameters()) * 4 * (5 if recipe.train.ema else 4)
+    return begun.numbers() * 4 * (5 if recipe.train.ema else 4)
 
 
-def _describe(shown: Progress, recipe: Recipe, stage: TokenStage, config: ModelConfig, world: dist.World) -> None:
+def _describe(shown: Progress, recipe: Recipe, stage: TokenStage, begun: Start, world: dist.World) -> None:
     data, place = stage.train, stage.place
     ranks = f", {world.size} ranks" if world.size > 1 else ""
-    shown.say(f"{recipe.model}: {num_parameters(config) / 1e6:.2f}M parameters on {place.device}{ranks}")
+    total, moving = begun.numbers(moving=False), begun.numbers()
+    part = f", of which {moving / 1e6:.2f}M move" if moving < total else ""
+    shown.say(f"{recipe.model}: {total / 1e6:.2f}M parameters{part}, on {place.device}{ranks}; {begun.whose()}")
     shown.say(
         f"data: {data.documents:,} documents in {len(data):,} rows of {data.seq_len} ({100 * data.fill:.1f}% full), "
         f"{data.trained_tokens:,} trained tokens; {len(stage.val) if stage.val else 'no'} rows held out"
@@ -182,8 +155,8 @@ def _describe(shown: Progress, recipe: Recipe, stage: TokenStage, config: ModelC
     shown.say(f"{shown.steps} steps of {rows} rows, {rows * data.seq_len:,} positions")
 
 
-def _finish(loop: Loop, model: Transformer, tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Any]:
-    """The stock model folder at the run's root, the plots, and the mark that the run is done, written last."""
+def _finish(loop: Loop, begun: Start, tokenizer: Tokenizer, memory: dict[str, Any]) -> dict[str, Any]:
+    """The stock folder at the run's root, the plots, and the mark that the run is done, written last."""
     recipe, folder, state = loop.recipe, loop.folder, loop.state
     result = {
         "name": recipe.stage,
@@ -192,12 +165,13 @@ def _finish(loop: Loop, model: Transformer, tokenizer: Tokenizer, config: ModelC
         "steps": state.step,
         "metrics": loop.result(),
         "output": str(folder.path),
-        "parameters": num_parameters(config),
+        "parameters": begun.numbers(moving=False),
+        "trained_parameters": begun.numbers(),
+        "memory": memory,
     }
     if loop.world.main:
-        with checkpoint.disk_errors(folder.path, _bytes(model, recipe)), loop.ema.applied():
-            save_model(model, folder.path)
-            tokenizer.save(folder.path)
+        with checkpoint.disk_errors(folder.path, _bytes(begun, recipe)), loop.ema.applied():
+            begun.save(folder.path, tokenizer)
         if recipe.log.plots:
             draw(folder.metrics, folder.path / "curves.png", recipe.stage)
         folder.finish(result)

@@ -1,4 +1,4 @@
-"""What is in a checkpoint? All that decides the next step: weights, optimizer, averages, random state, figures."""
+"""What is in a checkpoint? All that decides the next step: what moves, optimizer, averages, random state, figures."""
 
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ from groundup.train.rng import gather_rng, scatter_rng
 
 def pack(model: nn.Module, optimizer: Optimizers, ema: EMA, world: World) -> Files:
     """The tensors of a checkpoint by file. A collective call: every rank's random state is gathered."""
-    files: Files = {"model": dict(model.named_parameters()), "optimizer": optimizer_tensors(optimizer)}
+    files: Files = {"model": moving(model), "optimizer": optimizer_tensors(optimizer)}
     if ema.weights:
         files["ema"] = ema.weights
     files["rng"] = gather_rng(world)
     return files
+
+
+def moving(model: nn.Module) -> dict[str, Tensor]:
+    """What training changes: a frozen base is read again from its own folder."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
@@ -36,7 +41,7 @@ def unpack(files: Files, model: nn.Module, optimizer: Optimizers, ema: EMA, worl
 
 @torch.no_grad()
 def load_weights(weights: dict[str, Tensor], model: nn.Module) -> None:
-    mine = dict(model.named_parameters())
+    mine = moving(model)
     if mine.keys() != weights.keys():
         odd = sorted(mine.keys() ^ weights.keys())[0]
         raise UserError("checkpoint", f"its model is another one ({odd})", "choose another output")

@@ -66,6 +66,7 @@ class TokenStage:
         """(training, validation) data of a recipe, tokenised once. Every rank calls it; one of them does the work."""
         options: dict[str, Any] = {
             "kind": cls.kind, "seq_len": recipe.train.seq_len, "cache_dir": cache, "seed": recipe.seed,
+            "placeholders": recipe.fill,
         }  # fmt: skip
         sources = [Source(s.path, s.weight, s.split) for s in recipe.data]
         if not recipe.eval.data:

@@ -25,11 +25,11 @@ Run = Callable[..., dict[str, Any]]
 NURSERY = """
 import json, os, random, signal, sys, pathlib, shutil
 import torch, torch._dynamo  # both take seconds, so the children find them there
-from groundup.train import checkpoint, folder, loop, run
+from groundup.train import checkpoint, folder, loop, run, start
 
 torch.set_num_threads(1)
 recipe, recipes = json.loads(sys.argv[1]), {"pathlib.Path": pathlib.Path, "shutil": shutil, "os": os,
-    "checkpoint": checkpoint, "run": run, "RunFolder": folder.RunFolder, "Loop": loop.Loop}
+    "checkpoint": checkpoint, "start": start, "RunFolder": folder.RunFolder, "Loop": loop.Loop}
 
 def end(signum):
     os.kill(os.getpid(), signum)
@@ -92,7 +92,7 @@ for place, nth, after in [
     ("Loop.step", 1, True), ("checkpoint.save_file", 2, True), ("checkpoint.save_file", 1, True),
     ("os.fsync", 6, False), ("pathlib.Path.replace", 2, False), ("pathlib.Path.replace", 2, True),
     ("RunFolder.log", 2, True), ("pathlib.Path.rename", 1, True), ("shutil.rmtree", 3, True),
-    ("run.save_model", 1, False), ("run.save_model", 1, True), ("RunFolder.finish", 1, False),
+    ("start.save_model", 1, False), ("start.save_model", 1, True), ("RunFolder.finish", 1, False),
 ]:
     out["chosen"].append(life(root + "/chosen", lambda: kill_at(place, nth, after, signal.SIGKILL)))
 

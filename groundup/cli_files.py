@@ -1,0 +1,77 @@
+"""What can I type about files? `groundup tokenizer ...` and `groundup data ...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from groundup.cli_show import Json, show
+
+tokenizer_app = typer.Typer(help="Train, extend and measure tokenizers.", no_args_is_help=True)
+data_app = typer.Typer(help="Look at data files, and clean them.", no_args_is_help=True)
+
+TokenizerDir = Annotated[Path | None, typer.Option("--tokenizer", metavar="DIR", help="A tokenizer folder.")]
+
+
+@tokenizer_app.command("train")
+def tokenizer_train(
+    files: Annotated[list[Path], typer.Argument(metavar="FILES...")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the tokenizer.")],
+    vocab_size: Annotated[int, typer.Option(help="Entries, special tokens included.")] = 6400,
+    as_json: Json = False,
+) -> None:
+    """Train a byte-level BPE tokenizer on files of any known format."""
+    from groundup.data.texts import train_tokenizer_on
+
+    show(train_tokenizer_on(files, vocab_size, output), as_json)
+
+
+@data_app.command("inspect")
+def data_inspect(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A data file, or FOLDER:NAME of a dataset_info.json.")],
+    tokenizer: TokenizerDir = None,
+    rows: Annotated[int, typer.Option(min=0, help="Rows shown with their trained tokens coloured.")] = 3,
+    as_json: Json = False,
+) -> None:
+    """Format, counts, lengths, and rows as the model sees them (trained tokens coloured)."""
+    from groundup.data.inspect import inspect_file
+    from groundup.tokenizer import load_tokenizer
+
+    report = inspect_file(file, tokenizer=load_tokenizer(tokenizer) if tokenizer else None, samples=rows)
+    if as_json:
+        show(report.to_json(), True)
+    else:
+        report.print()
+
+
+@data_app.command("clean")
+def data_clean(
+    files: Annotated[list[Path], typer.Argument(metavar="FILES...")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Kept rows, as jsonl.")],
+    near_threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Similarity of near duplicates; 0: exact only.")
+    ] = 0.8,
+    min_chars: Annotated[int, typer.Option(min=0)] = 1,
+    max_chars: Annotated[int, typer.Option(min=0, help="0: no limit.")] = 0,
+    min_charset_ratio: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of letters, digits and CJK in a row.")
+    ] = 0.0,
+    as_json: Json = False,
+) -> None:
+    """Remove exact and near duplicates, and rows outside length or charset limits; report what went."""
+    from groundup.data.clean import clean
+
+    report = clean(
+        files,
+        output,
+        near_threshold=near_threshold,
+        min_chars=min_chars,
+        max_chars=max_chars,
+        min_charset_ratio=min_charset_ratio,
+    )
+    if as_json:
+        show(report.to_json(), True)
+    else:
+        report.print()
