@@ -33,6 +33,7 @@ class Fault:
     where: int | str
     why: str
     fix: str = ""
+    detail: str = ""
 
 
 @dataclass
@@ -53,7 +54,8 @@ class Encoded:
     """A chunk's documents. tokens, mask (chat: 1 where trained) are flat; lengths, bytes, trained have one entry each.
 
     bytes: UTF-8 bytes of the trained text. trained: tokens that are some token's target.
-    lines: in the chunk, where it is a part of a file.
+    lines: in the chunk, where it is a part of a file. context: answers that are not trained, as the chat template shows
+    them otherwise than they were said.
     """
 
     tokens: NDArray[Any]
@@ -65,6 +67,7 @@ class Encoded:
     truncated: int
     bad: Faults
     dropped: Faults
+    context: int = 0
 
 
 def encode_rows(
@@ -88,7 +91,7 @@ class _Chunk:
         self.masks: list[NDArray[np.uint8]] = []
         self.columns: list[tuple[int, int, int]] = []  # length, bytes, trained
         self.texts: list[str] = []
-        self.waiting = self.truncated = 0
+        self.waiting = self.truncated = self.context = 0
         self.bad, self.dropped = Faults(), Faults()
 
     def encode(self, rows: Iterable[tuple[int | str, Row | Fault]]) -> Encoded:
@@ -113,6 +116,7 @@ class _Chunk:
             truncated=self.truncated,
             bad=self.bad,
             dropped=self.dropped,
+            context=self.context,
         )
 
     def _add_text(self, text: str) -> None:
@@ -147,9 +151,10 @@ class _Chunk:
         try:
             rendered = self.tokenizer.render(row.messages, row.tools)
         except UserError as error:
-            self.bad.add(Fault(where, error.why, error.fix))
+            self.bad.add(Fault(where, error.why, error.fix, error.detail))
             return
         ids, mask = rendered.ids, rendered.mask
+        self.context += len(rendered.context)
         if self.kind == "text":
             self._flush()  # documents keep the order of the file
             self._add_document(np.array(ids, self.dtype), self._size(ids))

@@ -31,7 +31,9 @@ class Report:
     """What inspect_file found. lengths and the histogram count tokens a row; a bar's `to` is not in it any more.
 
     languages: {"zh": {"rows", "characters", "tokens"}}. samples: {"kind", "tokens", "trained_tokens", "pieces"}, a
-    piece being (text, whether it is trained).
+    piece being (text, whether it is trained). context_answers: answers that are not trained, as the chat template shows
+    them otherwise than they were said. template: what check_template found. notes: the first of those answers and the
+    first bad row, with a diff.
     """
 
     path: str
@@ -47,6 +49,9 @@ class Report:
     histogram: list[dict[str, int]] = field(default_factory=list)
     bad: list[dict[str, str]] = field(default_factory=list)
     samples: list[dict[str, Any]] = field(default_factory=list)
+    context_answers: int = 0
+    template: dict[str, Any] | None = None
+    notes: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain values."""
@@ -65,6 +70,14 @@ class Report:
         console.print(Text(f"{self.tokens:,} tokens ({share}) by {self.tokenizer}"))
         for one in self.bad[:5]:
             console.print(Text(f"  bad {one['where']}: {one['why']}", style="red"))
+        if self.context_answers:
+            console.print(Text(f"{self.context_answers:,} answers are context alone: the chat template rewrites them"))
+        for note in self.notes:
+            console.print(Text(note, style="red"))
+        if self.template:
+            from groundup.tokenizer.check import TemplateReport
+
+            console.print(Text("\n".join(TemplateReport(**self.template).lines())))
         table = Table("language", "rows", "characters", "tokens", "characters a token")
         for name, part in self.languages.items():
             ratio = f"{part['characters'] / max(part['tokens'], 1):.2f}"
@@ -91,6 +104,7 @@ def inspect_file(path: str | Path, tokenizer: Tokenizer | None = None, *, sample
     samples: rows shown, drawn by the seed. UserError where no row can be read at all.
     """
     path = str(path)
+    given = tokenizer
     if tokenizer is None:
         from groundup.tokenizer import train_tokenizer
 
@@ -107,10 +121,14 @@ def inspect_file(path: str | Path, tokenizer: Tokenizer | None = None, *, sample
     draw = random.Random(seed)
     for row in reader:
         try:
-            ids, mask = token_ids(row, tokenizer)
-        except UserError as error:  # a template may refuse a conversation
+            ids, mask, context = _encoded(row, tokenizer)
+        except UserError as error:  # a template may refuse a conversation, or teach something else than it holds
             reader.bad.append((reader.where, error.why))
+            _note(report, "not trained", reader.where, error)
             continue
+        report.context_answers += len(context)
+        if context:
+            _note(report, "an answer is context alone", reader.where, context[0])
         lengths.append(len(ids))
         report.trained_tokens += sum(mask)
         made[type(row).__name__] += 1
@@ -123,27 +141,43 @@ def inspect_file(path: str | Path, tokenizer: Tokenizer | None = None, *, sample
     report.lengths, report.histogram = _lengths(lengths), _histogram(lengths)
     report.bad = [{"where": where, "why": why} for where, why in reader.bad[:20]]
     report.samples = [_sample(row, tokenizer) for row in chosen]
+    if given is not None and given.chat_template and set(made) != {"Text"}:
+        from groundup.tokenizer.check import check_template
+
+        report.template = check_template(given).to_json()
     return report
+
+
+def _note(report: Report, what: str, where: str, error: UserError) -> None:
+    """Keep the diff of the first row of each kind of fault."""
+    if error.detail and not any(what in note for note in report.notes):
+        report.notes.append(f"{where}: {what}: {error.why}\n{error.detail}")
 
 
 def token_ids(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """A row as (ids, mask), mask 1 where training learns the token. A Preference is its two conversations in turn."""
+    ids, mask, _ = _encoded(row, tokenizer)
+    return ids, mask
+
+
+def _encoded(row: Row, tokenizer: Tokenizer) -> tuple[list[int], list[int], tuple[UserError, ...]]:
+    """token_ids, and why some of the answers are context alone."""
     if isinstance(row, kinds.Text):
         ids = [tokenizer.bos_id, *tokenizer.encode(row.text), tokenizer.eos_id]
-        return ids, [0] + [1] * (len(ids) - 1)
+        return ids, [0] + [1] * (len(ids) - 1), ()
     if isinstance(row, kinds.Choice | kinds.Stepwise):
         ids = tokenizer.encode(row_text(row))
-        return ids, [0] * len(ids)
+        return ids, [0] * len(ids), ()
     if isinstance(row, kinds.Prompt):
         ids = tokenizer.render(row.messages, row.tools, add_generation_prompt=True).ids
-        return ids, [0] * len(ids)
+        return ids, [0] * len(ids), ()
     if isinstance(row, kinds.Preference):
         asked = len(tokenizer.render(row.prompt, row.tools).ids)
         both = [tokenizer.render(row.prompt + side, row.tools) for side in (row.chosen, row.rejected)]
         ids = [token for one in both for token in one.ids]
-        return ids, [bit for one in both for bit in [0] * asked + list(one.mask[asked:])]
+        return ids, [bit for one in both for bit in [0] * asked + list(one.mask[asked:])], ()
     rendered = tokenizer.render(row.messages, row.tools)
-    return list(rendered.ids), list(rendered.mask)
+    return list(rendered.ids), list(rendered.mask), rendered.context
 
 
 def _reservoir(chosen: list[Row], row: Row, seen: int, size: int, draw: random.Random) -> None:

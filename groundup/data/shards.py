@@ -16,7 +16,7 @@ import os
 import shutil
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
@@ -35,7 +35,7 @@ from groundup.errors import UserError
 if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
 
-VERSION = 1  # of what the folder holds and how it is made; part of its name
+VERSION = 2  # of what the folder holds and how it is made; part of its name
 ALONE = 8 << 20  # bytes of files below which starting processes takes longer than the work
 HASHED = 256 << 20  # files up to this size are known by all their bytes, larger ones by size, time and samples
 MAX_DROPPED = 0.01
@@ -214,7 +214,7 @@ def _remembered(tasks: Iterable[Chunk], sent: list[Chunk]) -> Iterator[Chunk]:
 
 
 def _named(fault: Fault, file: Path, before: int) -> Fault:
-    return Fault(f"{file}:{before + fault.where}", fault.why, fault.fix) if isinstance(fault.where, int) else fault
+    return replace(fault, where=f"{file}:{before + fault.where}") if isinstance(fault.where, int) else fault
 
 
 def _build(folder: Path, encoded: Generator[Encoded], kind: str, dtype: Any, on_bad: OnBad) -> TokenShards:
@@ -256,7 +256,7 @@ def _write(folder: Path, encoded: Iterator[Encoded], kind: str, dtype: Any, on_b
     """Append chunk after chunk; returns meta. Raises UserError for what the counts do not allow."""
     columns: dict[str, Any] = {"tokens": dtype, "offsets": np.int64, "bytes": np.int32, "trained": np.int32}
     columns |= {"mask": np.uint8} if kind == "chat" else {}
-    documents = tokens = truncated = 0
+    documents = tokens = truncated = context = 0
     bad, dropped = Faults(), Faults()
     with ExitStack() as stack:
         streams: dict[str, IO[bytes]] = {
@@ -265,7 +265,7 @@ def _write(folder: Path, encoded: Iterator[Encoded], kind: str, dtype: Any, on_b
         streams["offsets"].write(np.zeros(1, np.int64).tobytes())
         for part in encoded:
             if part.bad.count and on_bad == "raise":
-                raise UserError(part.bad.first[0].where, part.bad.first[0].why, part.bad.first[0].fix)
+                raise UserError(*astuple(part.bad.first[0]))
             offsets = tokens + np.cumsum(part.lengths)
             values = {"tokens": part.tokens, "offsets": offsets, "bytes": part.bytes, "trained": part.trained}
             if part.mask is not None:
@@ -273,7 +273,7 @@ def _write(folder: Path, encoded: Iterator[Encoded], kind: str, dtype: Any, on_b
             for name, value in values.items():
                 streams[name].write(value.astype(columns[name], copy=False).tobytes())
             documents, tokens = documents + len(part.lengths), tokens + len(part.tokens)
-            truncated += part.truncated
+            truncated, context = truncated + part.truncated, context + part.context
             for total, faults in ((bad, part.bad), (dropped, part.dropped)):
                 total.count += faults.count
                 total.first = (total.first + faults.first)[:NAMED]
@@ -289,6 +289,7 @@ def _write(folder: Path, encoded: Iterator[Encoded], kind: str, dtype: Any, on_b
         "bad_rows": bad.count,
         "dropped_rows": dropped.count,
         "truncated_rows": truncated,
+        "context_answers": context,
         "bad": [asdict(fault) for fault in bad.first],
         "dropped": [asdict(fault) for fault in dropped.first],
         "columns": {name: np.dtype(column).name for name, column in columns.items()},
@@ -302,7 +303,7 @@ def _check(documents: int, bad: Faults, dropped: Faults) -> None:
         raise UserError(first.where, f"{share}: {first.why}", f"{first.fix}: mend the rows or raise seq_len")
     if not documents:
         first = bad.first[0] if bad.first else Fault("data", "holds no rows", "give a file with at least one row")
-        raise UserError(first.where, f"no row can be used; the first: {first.why}", first.fix)
+        raise UserError(first.where, f"no row can be used; the first: {first.why}", first.fix, first.detail)
 
 
 def _tell(meta: dict[str, Any], paths: Sequence[str | Path]) -> None:
@@ -315,6 +316,10 @@ def _tell(meta: dict[str, Any], paths: Sequence[str | Path]) -> None:
         log.warning(
             "%d of %d conversations cut to a row (%s)", meta["truncated_rows"], meta["rows"], ", ".join(map(str, paths))
         )
+    if meta["context_answers"] and meta["kind"] == "chat":
+        why = "the chat template rewrites them once the chat goes on"
+        how = "groundup data inspect FILE --tokenizer DIR shows it"
+        log.warning("%d answers are context alone, not trained: %s (%s)", meta["context_answers"], why, how)
 
 
 def _cores() -> int:

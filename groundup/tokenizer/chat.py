@@ -16,11 +16,10 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-import jinja2
-
 from groundup.errors import UserError
-from groundup.tokenizer.prefix import Span, spans_by_prefix
-from groundup.tokenizer.template import has_generation_marks, render_text
+from groundup.tokenizer.check import check_chat
+from groundup.tokenizer.prefix import Message, Span, Turn, find_turns
+from groundup.tokenizer.template import View, has_generation_marks, render_text
 from groundup.tokenizer.tokenizer import Rendered
 
 if TYPE_CHECKING:
@@ -43,8 +42,27 @@ def render(
         (a list of {"name", "arguments"}, flat or under "function"). tools: JSON schemas.
     add_generation_prompt: end where the assistant is to speak. enable_thinking: None lets the model decide, True and
         False start its turn with open or closed reasoning, where the template knows them.
-    Raises UserError for a malformed message, a template that refuses the chat, or one whose turns cannot be told apart.
+    Raises UserError for a malformed message, a template that refuses the chat, and, where no prompt is asked for, one
+    that would teach something else than the chat holds (check.py).
     """
+    view, chat, marks = look_at(tokenizer, messages, tools, enable_thinking)
+    text, spans = _take_spans(view.run(chat, add_generation_prompt, marks.begin, marks.end), marks)
+    marked = has_generation_marks(view.source)
+    turns: list[Turn] = []
+    if not marked or not (add_generation_prompt or tokenizer.keeps_past):
+        turns = find_turns(text, chat, view)
+        sound = [turn.span for turn in turns if not turn.fault]
+        spans = [(a, b) for a, b in spans if any(a < end and start < b for start, end in sound)] if marked else sound
+    if not add_generation_prompt:
+        check_chat(text, chat, tools, view, turns, spans if marked else None)
+    faults = tuple(turn.fault for turn in turns if turn.fault)
+    return _encode(tokenizer, marks.shield, text, spans, faults)
+
+
+def look_at(
+    tokenizer: Tokenizer, messages: list[Message], tools: Any = None, enable_thinking: bool | None = None
+) -> tuple[View, list[Message], _Marks]:
+    """The chat through the tokenizer's template: what renders it, its messages without any control token, its marks."""
     if not tokenizer.chat_template:
         raise UserError(tokenizer.where, "has no chat template", "put a chat_template.jinja into the folder")
     if not all(isinstance(tool, dict) for tool in tools or []):
@@ -53,23 +71,10 @@ def render(
     protect = tokenizer.plain.shield.protect
     chat = [protect(_checked(message, i), marks.shield) for i, message in enumerate(messages)]
     variables = {**tokenizer.special, "tools": protect(tools, marks.shield) or None, "documents": None}
-    if enable_thinking is not None:
-        variables["enable_thinking"] = enable_thinking
-
-    def run(part: list[dict[str, Any]], prompt: bool) -> str:
-        variables.update(messages=part, add_generation_prompt=prompt)
-        try:
-            return render_text(tokenizer.chat_template, variables, marks.begin, marks.end)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
-            raise UserError(f"chat template of {tokenizer.where}", f"cannot render this chat ({error})") from error
-
-    text = run(chat, add_generation_prompt)
-    if has_generation_marks(tokenizer.chat_template):
-        text, spans = _take_spans(text, marks)
-    else:
-        ends = {token for token, number in tokenizer.plain.control.items() if number in tokenizer.stop_ids}
-        spans = spans_by_prefix(text, chat, run, tokenizer.plain.shield.found, ends, tokenizer.where)
-    return _encode(tokenizer, marks.shield, text, spans)
+    variables["enable_thinking"] = enable_thinking
+    ends = frozenset(token for token, number in tokenizer.plain.control.items() if number in tokenizer.stop_ids)
+    found = tokenizer.plain.shield.found
+    return View(tokenizer.chat_template, variables, found, ends, marks.shield, tokenizer.where), chat, marks
 
 
 def turn_end(tokenizer: Tokenizer) -> set[int]:
@@ -150,7 +155,7 @@ def _take_spans(text: str, marks: _Marks) -> tuple[str, list[Span]]:
     return "".join(kept), spans
 
 
-def _encode(tokenizer: Tokenizer, mark: str, text: str, spans: list[Span]) -> Rendered:
+def _encode(tokenizer: Tokenizer, mark: str, text: str, spans: list[Span], context: tuple[UserError, ...]) -> Rendered:
     """Ids and mask of a protected text whose spans [start, end) the assistant said."""
     ids: list[int] = []
     mask: list[int] = []
@@ -167,7 +172,7 @@ def _encode(tokenizer: Tokenizer, mark: str, text: str, spans: list[Span]) -> Re
         else:  # a template that ends its span inside ordinary text
             said = len(text[start:span_end].replace(mark, ""))
             mask += [int(first < said) for first, _ in encoding.offsets]
-    return Rendered(ids, mask, text.replace(mark, ""))
+    return Rendered(ids, mask, text.replace(mark, ""), context)
 
 
 def _pieces(text: str, found: re.Pattern[str], starts: list[int]) -> Iterator[tuple[int, int, str, str]]:

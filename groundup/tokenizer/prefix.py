@@ -1,60 +1,158 @@
-"""The assistant's turns under a template without {% generation %} marks, found by rendering parts of the chat."""
+"""Where does the assistant speak, and would it learn there what it will be asked? Found by rendering parts of the chat.
+
+A turn is trained where the whole chat goes on as its prompt began, shows the turn as it was said, word for word, and
+closes it with an end-of-turn token. Some templates rewrite the past: Qwen3 takes the reasoning out of earlier answers,
+Mistral moves the system message to the last question. What no prompt would lead to is context, and is not trained.
+"""
 
 from __future__ import annotations
 
+import difflib
+import json
 import re
-from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 from groundup.errors import UserError
+from groundup.tokenizer.template import View
 
-Span = tuple[int, int]
-Run = Callable[[list[dict[str, Any]], bool], str]
+Span: TypeAlias = tuple[int, int]
+Message: TypeAlias = dict[str, Any]
 
 
-def spans_by_prefix(
-    text: str, messages: list[dict[str, Any]], run: Run, control: re.Pattern[str], ends: set[str], where: str
-) -> list[Span]:
-    """Spans [start, end) of `text`, the whole chat, that the assistant says.
+@dataclass(frozen=True)
+class Turn:
+    """Where message `index` stands in the text of the chat, end-of-turn token included, or why it is not trained.
 
-    A turn starts where the chat before it, rendered with a generation prompt, agrees with the whole; it ends with the
-    first of `ends` (end-of-turn tokens, which only the template can write). run(messages, prompt) renders.
-    Raises UserError where the chat before a turn is no prefix of the whole, or a turn has no end.
+    rewritten: that is because the template shows a turn, or what led to it, otherwise once others follow.
     """
-    spans: list[Span] = []
+
+    index: int
+    span: Span = (0, 0)
+    fault: UserError | None = None
+    rewritten: bool = False
+
+
+def find_turns(text: str, messages: list[Message], view: View) -> list[Turn]:
+    """Every turn of the assistant in `text`, the whole chat."""
+    turns = []
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        head, prompt = run(messages[:i], False) if i else "", run(messages[:i], True)
-        start, opener = _agreement(text, head, prompt, control)
-        if start is None:
-            why = f"renders the chat before message {i + 1} differently once that message is there"
-            raise UserError(f"chat template of {where}", f"{why}, so its turns cannot be told apart", _FIX)
-        tokens = ((match[0].strip(), match.end()) for match in control.finditer(text, start))
-        spelling, end = next(((token, at) for token, at in tokens if token in ends or token == opener), ("", 0))
-        if spelling not in ends:
-            why = f"writes no end-of-turn token after message {i + 1}"
-            raise UserError(f"chat template of {where}", f"{why}, so a model would never learn to stop", _FIX)
-        spans.append((start, end))
-    return spans
+        if message["role"] == "assistant":
+            try:
+                turns.append(_turn(text, messages, i, view))
+            except UserError as error:  # the template takes the whole chat, but not this part of it
+                turns.append(Turn(i, fault=error, rewritten=True))
+    return turns
 
 
-_FIX = (
-    "put {% generation %} and {% endgeneration %} around what the assistant says, in chat_template.jinja, "
-    "or make each user turn a chat of its own"
+def _turn(text: str, messages: list[Message], i: int, view: View) -> Turn:
+    before = messages[:i]
+    prompt = view.run(before, True)
+    start = _start(text, prompt, before, view)
+    if start is None:
+        return Turn(i, fault=_asked_otherwise(prompt, text, i + 1, view), rewritten=True)
+    end = view.end(text, start)
+    alone = view.run(messages[: i + 1]) if i + 1 < len(messages) else text  # nothing follows the turn there
+    alone_start = _start(alone, prompt, before, view)
+    alone_end = None if alone_start is None else view.end(alone, alone_start)
+    if end is None or (alone_start is not None and alone_end is None):
+        wanted = alone[: alone_start or start] + messages[i]["content"] + min(view.ends)
+        return Turn(i, fault=_endless(wanted, alone, i + 1, view))
+    if _bare(alone[alone_start:alone_end], view) != _bare(text[start:end], view):
+        return Turn(i, fault=_shown_otherwise(alone, text, i + 1, view), rewritten=True)
+    return Turn(i, (start, end), left_out(messages[i], i, text[start:end], view))
+
+
+TEMPLATE_THAT_WRITES_IT = (
+    "a chat_template.jinja that writes it into the folder (with ChatML's tokens: groundup/tokenizer/template.jinja)"
 )
+_KEEP = "mend chat_template.jinja so that it leaves the past as it was, or cut each chat after its first answer"
 
 
-def _agreement(text: str, head: str, prompt: str, control: re.Pattern[str]) -> tuple[int | None, str]:
-    """Where the assistant starts to speak, and the control token that opens its turn ("" if none does).
+def _asked_otherwise(prompt: str, text: str, number: int, view: View) -> UserError:
+    at = agreed(prompt, text)
+    at = next((m.start() for m in view.control.finditer(prompt) if m.start() < at < m.end()), at)
+    fix = _KEEP
+    if not _bare(prompt[at:], view):  # the prompt opens the reasoning
+        fix = f"have chat_template.jinja begin every answer with {prompt[at:]!r}, as its prompt ends"
+    why = f"renders the chat before message {number} differently once that message is there, so a model would learn to "
+    why += "answer what it is never asked"
+    names = (f"the prompt of message {number}", "the whole chat")
+    return fault(view, why, fix, diff(prompt, text, names, view.mark))
 
-    The prompt may end in more than every turn has (an open <think>), so the start is the last place up to which prompt
-    and text agree that is the prompt's end or an edge of one of its later control tokens.
+
+def _endless(wanted: str, text: str, number: int, view: View) -> UserError:
+    why = f"writes no end-of-turn token after message {number}, so a model would never learn to stop"
+    fix = f"have chat_template.jinja write {' or '.join(sorted(view.ends))} there"
+    return fault(view, why, fix, diff(wanted, text, (f"message {number} with its end", "the chat"), view.mark))
+
+
+def _shown_otherwise(alone: str, text: str, number: int, view: View) -> UserError:
+    why = f"shows message {number} otherwise once another follows it, so a model would learn what it should not say"
+    names = (f"message {number} as it was said", "the whole chat")
+    return fault(view, why, _KEEP, diff(alone, text, names, view.mark))
+
+
+def agreed(one: str, other: str) -> int:
+    """How far two texts are the same."""
+    shorter = min(len(one), len(other))
+    return next((i for i in range(shorter) if one[i] != other[i]), shorter)
+
+
+def _start(text: str, prompt: str, before: list[Message], view: View) -> int | None:
+    """Where the assistant begins: after the first prompt that `text` goes on from."""
+    if text.startswith(prompt):
+        return len(prompt)
+    return next((len(other) for other in view.other_prompts(before) if text.startswith(other)), None)
+
+
+def _bare(text: str, view: View) -> str:
+    """The words alone: an empty block of reasoning, or none, is the template's own affair."""
+    return squeeze(re.sub("</?think>", "", view.control.sub("", text)))
+
+
+def left_out(message: Message, i: int, text: str, view: View, shown: str | None = None) -> UserError | None:
+    """Whether `text` lacks a part of what a person wrote into a message. White space may differ, and JSON may escape.
+
+    shown: `text` as `squeeze` gives it, where that is at hand.
     """
-    shorter = min(len(text), len(prompt))
-    agreed = next((i for i in range(shorter) if text[i] != prompt[i]), shorter)
-    opening = list(control.finditer(prompt, len(head)))
-    opener = opening[0][0].strip() if opening else ""
-    edges = {len(prompt), *(edge for match in opening[1:] for edge in match.span())}
-    start = max((edge for edge in edges if edge <= agreed), default=None)
-    return (start if text.startswith(head) else None), opener
+    shown = squeeze(text, view.mark) if shown is None else shown
+    calls = [("tool_calls", call["function"]["name"]) for call in message.get("tool_calls", [])]
+    for part, words in [*((key, message.get(key, "")) for key in ("reasoning_content", "content")), *calls]:
+        if not holds(shown, words.replace(view.mark, "")):
+            names = (f"the {part} of message {i + 1}", "what is written")
+            return fault(
+                view,
+                f"leaves out the {part} of message {i + 1} ({message['role']})",
+                f"remove {part} from the rows, or put {TEMPLATE_THAT_WRITES_IT}",
+                diff(words, text, names, view.mark),
+            )
+    return None
+
+
+def holds(shown: str, words: str) -> bool:
+    """Are these words in a squeezed text, as they are or escaped as in JSON?"""
+    if squeeze(words) in shown:
+        return True
+    return any(squeeze(json.dumps(words, ensure_ascii=ascii)[1:-1]) in shown for ascii in (False, True))
+
+
+def squeeze(text: str, mark: str = "") -> str:
+    """Without white space, and without the mark that keeps control tokens apart."""
+    return "".join((text.replace(mark, "") if mark else text).split())
+
+
+def fault(view: View, why: str, fix: str, detail: str = "") -> UserError:
+    return UserError(f"chat template of {view.where}", f"the template {why}", fix, detail)
+
+
+def diff(before: str, after: str, names: tuple[str, str], mark: str) -> str:
+    """A few lines around the first place where two texts differ, line ends shown."""
+    before, after = before.replace(mark, ""), after.replace(mark, "")
+    at = agreed(before, after)
+    line = before.rfind("\n", 0, at) + 1
+    begin = max(before.rfind("\n", 0, max(line - 1, 0)) + 1, at - 100)
+    cut = [re.findall(r"[^\n]*\n|[^\n]+", text[begin : at + 100])[:5] for text in (before, after)]
+    one, other = ([repr(line)[1:-1] for line in lines] for lines in cut)
+    lines = list(difflib.unified_diff(one, other, *names, n=1, lineterm=""))
+    return "\n".join([*lines[:2], f"@@ character {at} @@", *(line for line in lines[2:] if not line.startswith("@@"))])

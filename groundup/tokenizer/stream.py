@@ -47,7 +47,7 @@ class StreamDecoder:
         if token is None or (self._skip and number in self._special):
             return b""
         try:
-            return bytes(_BYTE_OF[char] for char in token)
+            return bytes(BYTE_OF[char] for char in token)
         except KeyError:  # an added token beyond ASCII is spelled as itself
             return token.encode()
 
@@ -78,4 +78,4 @@ def _byte_of() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-_BYTE_OF = _byte_of()
+BYTE_OF = _byte_of()

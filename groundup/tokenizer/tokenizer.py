@@ -16,11 +16,15 @@ from groundup.tokenizer.plain import Plain
 
 @dataclass(frozen=True)
 class Rendered:
-    """A chat as the model sees it. mask[i] is 1 where ids[i] is something the assistant says (a trained token)."""
+    """A chat as the model sees it. mask[i] is 1 where ids[i] is something the assistant says (a trained token).
+
+    context: why an answer is context alone, for each that is (the template shows it otherwise than it was said).
+    """
 
     ids: list[int]
     mask: list[int]
     text: str
+    context: tuple[UserError, ...] = ()
 
 
 class Tokenizer:
@@ -66,6 +70,13 @@ class Tokenizer:
         from groundup.tokenizer.chat import turn_end
 
         return sorted({self.eos_id, *self.more_stop_ids, *turn_end(self)})
+
+    @cached_property
+    def keeps_past(self) -> bool:
+        """Whether the chat template leaves earlier turns as they were when a chat goes on."""
+        from groundup.tokenizer.check import keeps_past
+
+        return keeps_past(self)
 
     def encode(self, text: str) -> list[int]:
         """Ids of ordinary text: nothing is added, and spellings of special tokens stay text."""

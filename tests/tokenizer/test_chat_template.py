@@ -154,7 +154,7 @@ def test_a_template_sees_no_empty_reasoning_and_the_id_of_a_call(tokenizer: Toke
     probe = Tokenizer(tokenizer.backend, tokenizer.config, "{% generation %}" + template + "{% endgeneration %}")
     call = {"id": "c1", "name": "add", "arguments": {}, "function": None}
     messages = [{"role": "assistant", "content": "", "reasoning_content": "", "tool_calls": [call]}]
-    assert probe.render(messages).text == "no c1 add"
+    assert probe.render(messages, add_generation_prompt=True).text == "no c1 add"
 
 
 def test_private_characters_of_a_user_survive(tokenizer: Tokenizer) -> None:

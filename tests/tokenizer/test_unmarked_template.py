@@ -27,7 +27,8 @@ THINKING = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
     "{% if enable_thinking is defined and not enable_thinking %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
 )
-# Like the reasoning models whose prompt opens <think>, although finished answers are shown without it.
+# Like the reasoning models whose prompt opens <think>, although finished answers are shown without it: what would be
+# trained there is never asked for.
 OPEN_THINK = CHATML.replace("assistant\n'", "assistant\n<think>\n'")
 MESSAGES = [
     {"role": "system", "content": "s"},
@@ -58,7 +59,6 @@ def with_template(tokenizer: Tokenizer, template: str) -> Tokenizer:
         (CHATML, None, ["<b>first<|im_end|>", "second<|im_end|>"]),
         (THINKING, None, ["<b>first<|im_end|>", "<think>\n\n</think>\n\nsecond<|im_end|>"]),
         (THINKING, False, ["<b>first<|im_end|>", "second<|im_end|>"]),
-        (OPEN_THINK, None, ["<b>first<|im_end|>", "second<|im_end|>"]),
     ],
 )
 def test_the_assistants_turns_are_found(
@@ -91,6 +91,7 @@ def test_a_chat_that_ends_in_a_prompt(tokenizer: Tokenizer) -> None:
         ("{{ messages | length }}" + CHATML, "renders the chat before message 3 differently"),
         (CHATML.replace("assistant\n'", "model\n'").replace("m.role", "(m.role ~ '!')"), "differently"),
         (CHATML.replace("m.content + '<|im_end|>'", "m.content"), "no end-of-turn token after message 3"),
+        (OPEN_THINK, "renders the chat before message 3 differently"),
     ],
 )
 def test_a_template_whose_turns_cannot_be_told_apart_is_refused(tokenizer: Tokenizer, template: str, why: str) -> None:
