@@ -278,7 +278,7 @@ def test_while_it_drains_new_requests_are_503(pair) -> None:  # noqa: F811
 
 
 def test_faults_at_the_start_are_one_line(pair, tmp_path: Path) -> None:  # noqa: F811
-    with pytest.raises(UserError, match="is not a folder"):
+    with pytest.raises(UserError, match="no such folder"):
         serve(tmp_path / "nothing", port=0)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
