@@ -28,6 +28,33 @@ def tokenizer_train(
     show(train_tokenizer_on(files, vocab_size, output), as_json)
 
 
+@tokenizer_app.command("extend")
+def tokenizer_extend(
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="A tokenizer folder, or a model's.")],
+    files: Annotated[list[Path], typer.Argument(metavar="FILES...", help="New text to learn pieces from.")],
+    output: Annotated[Path, typer.Option(metavar="DIR")],
+    add: Annotated[int, typer.Option(min=1, help="Pieces to add.")] = 8000,
+    control: Annotated[
+        list[Path] | None, typer.Option(help="Text of the old languages: reported beside the new.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Add pieces learnt from new text to a tokenizer, and rows to its model; old ids stay."""
+    from groundup.data.texts import extend_tokenizer_on
+
+    whole = (base / "config.json").is_file()
+    if whole:  # what is wrong with the model is said first
+        from groundup.model.io import read_config
+
+        read_config(base)
+    summary, pieces = extend_tokenizer_on(base, files, add, output, control or [])
+    if whole:
+        from groundup.model.resize import resize_folder
+
+        summary["model"] = resize_folder(base, output, summary["vocab_size"], pieces)
+    show(summary, as_json)
+
+
 @data_app.command("inspect")
 def data_inspect(
     file: Annotated[str, typer.Argument(metavar="FILE", help="A data file, or FOLDER:NAME of a dataset_info.json.")],

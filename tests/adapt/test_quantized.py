@@ -65,7 +65,7 @@ def test_bytes_and_numbers_are_those_of_bitsandbytes(shape):
 
 
 def test_scales_are_quantised_as_bitsandbytes_does():
-    """On a CPU it finds their level by a table and misses the nearest a few times in a thousand; on CUDA it does not."""
+    """On a CPU it finds their level by a table and misses the nearest now and then; on CUDA it does not."""
     functional = pytest.importorskip("bitsandbytes.functional", reason=WHY)
     x = unlike_blocks(3000, 192)
     ours = quantize_nf4(x)
