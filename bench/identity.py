@@ -1,8 +1,10 @@
 """`python -m bench.identity MODEL IDENTITY [CHATS...]`: does a model learn a new name, and what does it forget?
 
 recipes/lora-identity.yaml is run as it stands on four fifths of the questions in IDENTITY (rows with {{name}} and
-{{author}}) and on CHATS. Then it is asked the questions that were held out: an answer counts when it says the name.
-Bits per byte of --general files tell what it cost. The last line is JSON.
+{{author}}) and on CHATS. Then it is asked the questions that were held out; an answer is right when it says the name.
+Questions whose own answer in IDENTITY does not say it (what happens to my data?) are asked and printed but not counted,
+and a question that stands on both sides is not held out. Bits per byte of --general files tell what it cost.
+The last line is JSON.
 """
 
 from __future__ import annotations
@@ -58,25 +60,26 @@ def measure(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     result = train(recipe)
     seconds = time.perf_counter() - began
     set_threads()
-    questions = held_out(options.identity, recipe)
+    asked = held_out(options.identity, recipe)
+    questions = list(asked)
     tuned, tokenizer = open_model(output), load_tokenizer(output)
     answers = answerer(tuned, tokenizer, max_tokens=64)([[{"role": "user", "content": q}] for q in questions])
     name = recipe["fill"]["name"]
-    said = [name in answer for answer in answers]
-    for question, answer, fine in zip(questions, answers, said, strict=True):
-        print(f"{'  ' if fine else 'X '}{question} -> {answer}")
+    for (question, named), answer in zip(asked.items(), answers, strict=True):
+        print(f"{'  ' if name in answer else 'X ' if named else '- '}{question} -> {answer}")
+    said = {question: name in answer for question, answer in zip(questions, answers, strict=True) if asked[question]}
     before = measure_files(load_model(options.model), tokenizer, options.general)
     after = measure_files(tuned, tokenizer, options.general)
     bits = {Path(a["file"]).name: (a["bits_per_byte"], b["bits_per_byte"]) for a, b in zip(before, after, strict=True)}
-    chinese = [bool(re.search("[\u4e00-\u9fff]", question)) for question in questions]
+    chinese = {question for question in said if re.search("[\u4e00-\u9fff]", question)}
     return {
         "minutes": seconds / 60,
         "steps": result["steps"],
         "tokens_per_second": result["metrics"]["tokens_per_second"],
         "asked": len(said),
-        "says_name": sum(said) / len(said),
-        "says_name_zh": _mean([s for s, zh in zip(said, chinese, strict=True) if zh]),
-        "says_name_en": _mean([s for s, zh in zip(said, chinese, strict=True) if not zh]),
+        "says_name": _mean(list(said.values())),
+        "says_name_zh": _mean([right for question, right in said.items() if question in chinese]),
+        "says_name_en": _mean([right for question, right in said.items() if question not in chinese]),
         "bits_per_byte": bits,
         "bits_per_byte_ratio": {file: b / a for file, (a, b) in bits.items()},
         "aims": {"says_name": KNOWS, "bits_per_byte_ratio": FORGETS},
@@ -84,15 +87,22 @@ def measure(options: argparse.Namespace, output: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def held_out(path: Path, recipe: dict[str, Any]) -> list[str]:
-    """The questions of the share that was not trained."""
+def held_out(path: Path, recipe: dict[str, Any]) -> dict[str, bool]:
+    """Questions that stand only in the share that was not trained, and whether their own answer says the name."""
     rows = list(read_rows(path, placeholders=recipe["fill"]))
-    asked = []
+    trained = {_question(rows[number]) for number in share(len(rows), f"{SHARES}:0", recipe["seed"])}
+    asked = {}
     for number in share(len(rows), f"{SHARES}:1", recipe["seed"]):
         row = rows[number]
         assert isinstance(row, Chat)
-        asked.append(as_prompt(row).messages[-1]["content"])
+        question = _question(row)
+        if question not in trained:
+            asked[question] = recipe["fill"]["name"] in row.messages[-1]["content"]
     return asked
+
+
+def _question(row: Any) -> str:
+    return str(as_prompt(row).messages[-1]["content"])
 
 
 def _mean(said: list[bool]) -> float | None:

@@ -60,7 +60,8 @@ class Batch:
 class PackedDataset:
     """Documents packed into rows of seq_len tokens. Holds a few bytes a document; the tokens stay on disk.
 
-    parts: shards and which of their documents an epoch holds (a document may be listed twice).
+    parts: shards and which of their documents an epoch holds (a document may be listed twice); of pairs, which pairs.
+    A pair is never parted: its two documents follow each other in a row, the chosen one has an even doc_id.
     token_weights: loss weight of targets by token id (reasoning distillation weighs its marks 10); others weigh 1.
     documents, trained_tokens (targets), bytes (UTF-8, of the trained text) are counted over one epoch.
     """
@@ -82,6 +83,8 @@ class PackedDataset:
         self.seq_len, self.pad_id, self.token_weights = seq_len, pad_id, token_weights or {}
         self.shards = [shards for shards, _ in parts]
         self.documents = sum(len(chosen) for _, chosen in parts)
+        self.together = parts[0][0].together
+        parts = [(shards, _runs(chosen, self.together)) for shards, chosen in parts]
         self.bytes = sum(int(shards.bytes[chosen].sum(dtype=np.int64)) for shards, chosen in parts)
         self.trained_tokens = sum(int(shards.trained[chosen].sum(dtype=np.int64)) for shards, chosen in parts)
         self._place(parts, seed)
@@ -98,9 +101,10 @@ class PackedDataset:
             pieces.append((shard, begin[cuts.document] + cuts.start, cuts.length, cuts.continues))
         columns = [np.concatenate(column) for column in zip(*pieces, strict=True)]
         del pieces, begin, cuts, shard  # each is 40 MB with five million documents
-        packing = pack(columns[2], self.seq_len, seed)
-        self._shard, self._start, self._length, self._continues = (column[packing.order] for column in columns)
-        self._offsets, self.fill = packing.offsets, packing.fill
+        packing = pack(columns[2].reshape(-1, self.together).sum(1), self.seq_len, seed)
+        order = _runs(packing.order, self.together)
+        self._shard, self._start, self._length, self._continues = (column[order] for column in columns)
+        self._offsets, self.fill = packing.offsets * self.together, packing.fill
 
     def __len__(self) -> int:
         """Rows in an epoch."""
@@ -170,6 +174,11 @@ class PackedDataset:
 def _ranges(starts: NDArray[np.integer], counts: NDArray[np.integer]) -> Index:
     """[s, s + 1, ... s + c - 1] of each start and count, joined."""
     return np.arange(int(counts.sum())) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+
+
+def _runs(numbers: Index, length: int) -> Index:
+    """The documents of these units of `length` documents each."""
+    return numbers if length == 1 else _ranges(numbers * length, np.full_like(numbers, length))
 
 
 class Loader:
@@ -249,9 +258,9 @@ def open_dataset(
     """Files to packed rows: tokenised once (cached), mixed by weight, split, packed.
 
     kind: "text" trains every token, documents longer than a row go on in another; "chat" trains what the assistant
-    says, conversations longer than a row are cut to it. Returns (train, validation); validation is None where
-    val_fraction is 0 or there is only one document. on_bad, placeholders, progress: as tokenize_files has them, a
-    source at a time. Errors: UserError.
+    says, conversations longer than a row are cut to it; "preference": the answers of pairs, cut to a row together.
+    Returns (train, validation); validation is None where val_fraction is 0 or there is only one document. on_bad,
+    placeholders, progress: as tokenize_files has them, a source at a time. Errors: UserError.
     """
     if seq_len < 2:
         raise UserError("seq_len", f"{seq_len} leaves nothing to predict", "use at least 2, usually 256 or more")
@@ -259,10 +268,10 @@ def open_dataset(
         raise UserError("data", "no source is given", "name at least one file")
     train, val = [], []
     for source in sources:
-        max_len = seq_len if kind == "chat" else None
+        max_len = None if kind == "text" else seq_len
         options: dict[str, Any] = {"on_bad": on_bad, "placeholders": placeholders, "progress": progress}
         shards = tokenize_files([source.path], tokenizer, kind, cache_dir, workers, max_len, **options)
-        for_training, held_out = choose(len(shards), source, seed, val_fraction)
+        for_training, held_out = choose(len(shards) // shards.together, source, seed, val_fraction)
         train.append((shards, for_training))
         val.append((shards, held_out))
     pack_rows = partial(PackedDataset, seq_len=seq_len, pad_id=tokenizer.pad_id, seed=seed, token_weights=token_weights)

@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from groundup.data.rows import Chat, Row, Text
-from groundup.data.truncate import truncate_chat
+from groundup.data.rows import Chat, Preference, Row, Text
+from groundup.data.truncate import last_answers, truncate_chat, truncate_pair
 from groundup.errors import UserError
 
 if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
 
-KINDS = ("text", "chat")
+KINDS = ("text", "chat", "preference")
+MASKED = ("chat", "preference")  # kinds of which only answers are trained
 BATCH = 1 << 18  # characters encoded at a time: what the tokenizer's library holds for them is 30 times that
 NAMED = 10  # rows of a chunk that are named; the rest are only counted
 # Between a letter or digit and what is neither, every byte-level pre-tokenizer ends a word: the ids of the two sides
@@ -51,7 +52,7 @@ class Faults:
 
 @dataclass
 class Encoded:
-    """A chunk's documents. tokens, mask (chat: 1 where trained) are flat; lengths, bytes, trained have one entry each.
+    """A chunk's documents. tokens, mask (1: trained; None: all) are flat; lengths, bytes, trained have one entry each.
 
     bytes: UTF-8 bytes of the trained text. trained: tokens that are some token's target.
     lines: in the chunk, where it is a part of a file. context: answers that are not trained, as the chat template shows
@@ -77,6 +78,8 @@ def encode_rows(
 
     kind "text": `bos + text + eos`, all trained; a conversation becomes the document that it renders to.
     kind "chat": rendered by the chat template, cut to max_len; a row that then trains nothing is dropped.
+    kind "preference": two documents a row, the chosen and the rejected conversation, cut so that both together have
+    max_len tokens and equal prompts. Only the answers in question are marked.
     """
     return _Chunk(tokenizer, kind, max_len).encode(rows)
 
@@ -100,7 +103,9 @@ class _Chunk:
                 self.bad.add(row)
             elif self.kind == "text" and isinstance(row, Text):
                 self._add_text(row.text)
-            elif isinstance(row, Chat):
+            elif self.kind == "preference" and isinstance(row, Preference):
+                self._add_pair(where, row)
+            elif self.kind != "preference" and isinstance(row, Chat):
                 self._add_chat(where, row)
             else:
                 self.bad.add(Fault(where, *_wrong_kind(row, self.kind)))
@@ -108,7 +113,7 @@ class _Chunk:
         columns = np.array(self.columns, np.int64).reshape(-1, 3)
         return Encoded(
             tokens=np.concatenate([np.zeros(0, self.dtype), *self.ids]),
-            mask=np.concatenate([np.zeros(0, np.uint8), *self.masks]) if self.kind == "chat" else None,
+            mask=np.concatenate([np.zeros(0, np.uint8), *self.masks]) if self.kind in MASKED else None,
             lengths=columns[:, 0],
             bytes=columns[:, 1].astype(np.int32),
             trained=columns[:, 2].astype(np.int32),
@@ -162,13 +167,36 @@ class _Chunk:
         if self.max_len is not None and len(ids) > self.max_len:
             ids, mask = truncate_chat(ids, mask, self.max_len, self.tokenizer.eos_id)
             self.truncated += 1
-        trained = sum(mask[1:])
-        if not trained:
+        if not sum(mask[1:]):
             self.dropped.add(Fault(where, "no token of it would be trained", "it needs an answer that fits into a row"))
             return
+        self._add_masked(ids, mask)
+
+    def _add_pair(self, where: int | str, row: Preference) -> None:
+        """The chosen conversation, then the rejected one."""
+        sides: list[tuple[list[int], list[int]]] = []
+        try:
+            for answers in (row.chosen, row.rejected):
+                rendered = self.tokenizer.render([*row.prompt, *answers], row.tools)
+                said = sum(one["role"] == "assistant" for one in answers)
+                sides.append((rendered.ids, last_answers(rendered.mask, said)))
+        except UserError as error:
+            self.bad.add(Fault(where, error.why, error.fix, error.detail))
+            return
+        if self.max_len is not None and sum(len(ids) for ids, _ in sides) > self.max_len:
+            sides = truncate_pair(sides, self.max_len, self.tokenizer.eos_id)
+            self.truncated += 1
+        if not all(sum(mask[1:]) for _, mask in sides) or sides[0][0] == sides[1][0]:
+            why = "both sides are the same tokens, or none is left of one of them in a row"
+            self.dropped.add(Fault(where, why, "both answers must fit into a row, with their prompts"))
+            return
+        for ids, mask in sides:
+            self._add_masked(ids, mask)
+
+    def _add_masked(self, ids: list[int], mask: list[int]) -> None:
         self.ids.append(np.array(ids, self.dtype))
         self.masks.append(np.array(mask, np.uint8))
-        self.columns.append((len(ids), self._size([i for i, m in zip(ids, mask, strict=True) if m]), trained))
+        self.columns.append((len(ids), self._size([i for i, m in zip(ids, mask, strict=True) if m]), sum(mask[1:])))
 
     def _size(self, ids: list[int]) -> int:
         return len(self.tokenizer.decode(ids, skip_special_tokens=True).encode("utf-8", "surrogatepass"))
@@ -193,7 +221,8 @@ def cut_text(text: str, limit: int = BATCH) -> Iterator[str]:
 
 def _wrong_kind(row: Row, kind: str) -> tuple[str, str]:
     name = type(row).__name__
-    if isinstance(row, Text):
+    if isinstance(row, Text) and kind == "chat":
         return "a text document among conversations", "train it with stage pretrain, or give a file of conversations"
-    wanted = "a text document or a conversation" if kind == "text" else "a conversation"
+    needed = {"text": "a text document or a conversation", "preference": "a pair of answers", "chat": "a conversation"}
+    wanted = needed[kind]
     return f"a row of kind {name} where {wanted} is needed", "use a stage that takes such rows, or another file"

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groundup.data.chunks import ByteRange, Chunk, Reading, Worker, chunks, identity
-from groundup.data.encode import KINDS, NAMED, Encoded, Fault, Faults, encode_rows, token_dtype
+from groundup.data.encode import KINDS, MASKED, NAMED, Encoded, Fault, Faults, encode_rows, token_dtype
 from groundup.data.pool import map_in_order
 from groundup.data.read import OnBad
 from groundup.data.records import file_kind
@@ -35,7 +35,7 @@ from groundup.errors import UserError
 if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
 
-VERSION = 2  # of what the folder holds and how it is made; part of its name
+VERSION = 3  # of what the folder holds and how it is made; part of its name
 ALONE = 8 << 20  # bytes of files below which starting processes takes longer than the work
 HASHED = 256 << 20  # files up to this size are known by all their bytes, larger ones by size, time and samples
 MAX_DROPPED = 0.01
@@ -65,6 +65,11 @@ class TokenShards:
     def __len__(self) -> int:
         """Documents."""
         return len(self.offsets) - 1
+
+    @property
+    def together(self) -> int:
+        """Documents that belong together, side by side: the two of a pair, else 1."""
+        return 2 if self.meta["kind"] == "preference" else 1
 
     @classmethod
     def open(cls, path: Path) -> TokenShards | None:
@@ -96,9 +101,10 @@ def tokenize_files(
 ) -> TokenShards:
     """Documents of files (anything that read_rows takes) as mapped arrays, in the files' order, tokenised once.
 
-    kind: "text" (documents; a conversation becomes the document that it renders to) or "chat" (conversations, cut to
-    max_len turn by turn, with the mask of trained tokens). workers: processes; default one a core. The result does not
-    depend on it. on_bad: "raise" at the first bad row, or "count" them. progress: called with bytes done and in all.
+    kind: "text" (documents; a conversation becomes the document that it renders to), "chat" (conversations, cut to
+    max_len turn by turn) or "preference" (pairs, cut to max_len together), both with the mask of trained tokens.
+    workers: processes; default one a core; the result does not depend on it. on_bad: "raise" at the first bad row, or
+    "count" them. progress: called with bytes done and in all.
     Safe to call in every rank at once: one builds, the others wait for it and map the same files.
     Errors, all UserError: whatever read_rows raises; no document at all; over 1 % of conversations that train nothing;
     a full disk (nothing is left behind then).
@@ -255,7 +261,7 @@ def _build(folder: Path, encoded: Generator[Encoded], kind: str, dtype: Any, on_
 def _write(folder: Path, encoded: Iterator[Encoded], kind: str, dtype: Any, on_bad: OnBad) -> dict[str, Any]:
     """Append chunk after chunk; returns meta. Raises UserError for what the counts do not allow."""
     columns: dict[str, Any] = {"tokens": dtype, "offsets": np.int64, "bytes": np.int32, "trained": np.int32}
-    columns |= {"mask": np.uint8} if kind == "chat" else {}
+    columns |= {"mask": np.uint8} if kind in MASKED else {}
     documents = tokens = truncated = context = 0
     bad, dropped = Faults(), Faults()
     with ExitStack() as stack:

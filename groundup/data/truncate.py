@@ -48,6 +48,34 @@ def truncate_chat(ids: list[int], mask: list[int], max_len: int, eos_id: int | N
     return kept_ids, kept_mask
 
 
+def last_answers(mask: list[int], count: int) -> list[int]:
+    """The mask with only its last `count` answers: those before belong to the prompt."""
+    starts = [i for i, trained in enumerate(mask) if trained and not (i and mask[i - 1])]
+    begin = starts[-count] if 0 < count <= len(starts) else 0
+    return [0] * begin + mask[begin:]
+
+
+def truncate_pair(
+    sides: list[tuple[list[int], list[int]]], max_len: int, eos_id: int | None
+) -> list[tuple[list[int], list[int]]]:
+    """Two (ids, mask) with one prompt, cut so that both have max_len tokens together: prompts by the same number of
+    tokens (the header of the answer is kept), then the longer answer down to the shorter one, then both."""
+    prompts = [mask.index(1) if 1 in mask else len(mask) for _, mask in sides]
+    answers = [len(ids) - prompt for (ids, _), prompt in zip(sides, prompts, strict=True)]
+    source, target = truncate_lengths(sum(prompts), sum(answers), max_len)
+    shorter = min(*answers, target // 2)
+    rooms = [min(answer, max(target // 2, target - shorter)) for answer in answers]
+    cut = max(0, -(-(sum(prompts) - source) // 2))
+    kept = []
+    for (ids, mask), prompt, room in zip(sides, prompts, rooms, strict=True):
+        keep = max(prompt - cut, 0)
+        header = _header(ids[:prompt], eos_id) if keep < prompt else []
+        header = header if len(header) < keep else []
+        begin = ids[: keep - len(header)] + header
+        kept.append((begin + ids[prompt : prompt + room], [0] * keep + mask[prompt : prompt + room]))
+    return kept
+
+
 def _turns(mask: list[int]) -> list[tuple[int, int]]:
     runs = [(trained, sum(1 for _ in run)) for trained, run in groupby(mask)]
     if runs and runs[0][0]:

@@ -7,11 +7,14 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from groundup.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,14 @@ class World:
             return [tensor]
         out = [torch.empty_like(tensor) for _ in range(self.size)]
         dist.all_gather(out, tensor.contiguous())
+        return out
+
+    def gather_objects(self, value: T) -> list[T]:
+        """This small thing of every rank, in the order of the ranks; pickled between processes of one run."""
+        if self.size == 1:
+            return [value]
+        out: list[Any] = [None] * self.size
+        dist.all_gather_object(out, value)
         return out
 
     def barrier(self) -> None:

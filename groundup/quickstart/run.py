@@ -26,6 +26,8 @@ from groundup.quickstart.corpus import SAMPLE, Corpus, OwnData, WorldData
 from groundup.tokenizer import Tokenizer, report, train_tokenizer
 from groundup.train.run import STAGES, train
 
+FIRST = ("pretrain", "sft")  # the stages that make a model of nothing
+
 
 def quickstart(
     minutes: float = 10.0,
@@ -99,7 +101,7 @@ def _run(steps: Journal, corpus: Corpus, settings: dict[str, Any]) -> dict[str, 
     files = steps.step("data", lambda: asdict(corpus.files(tokenizer, plan["tokens"])))
     baseline = steps.step("copying baseline", corpus.baseline)
     stages, model = [{"name": "tokenizer", **words}], f"depth-{plan['depth']}"
-    for name in (name for name in STAGES if files[name]):
+    for name in (name for name in FIRST if files[name]):
         recipe = _recipe(name, model, files[name], plan, settings, output)
         say(f"{name}, {plan['stages'][name]['seconds'] / 60:.1f} minutes")
         result = train(recipe)
@@ -117,7 +119,7 @@ def _run(steps: Journal, corpus: Corpus, settings: dict[str, Any]) -> dict[str, 
             "stages": stages,
             "baseline": baseline,
             "samples": samples,
-            "curves": {name: output / name / "metrics.jsonl" for name in STAGES if files[name]},
+            "curves": {name: output / name / "metrics.jsonl" for name in FIRST if files[name]},
             "next_commands": [
                 f"groundup chat {model}",
                 f"groundup eval {model}" + ("" if settings["data"] else " --world"),

@@ -134,7 +134,7 @@ class Loop:
         """The batches of one optimizer step."""
         if step >= self.steps:
             return []
-        return [self.stage.loader.batch_at(step * self.accumulate + i) for i in range(self.accumulate)]
+        return self.stage.fetch(step, self.accumulate)
 
     def step(self, window: list[Any], signals: StopSignals) -> tuple[list[Any], bool]:
         """One optimizer step. Returns the next step's batches, and whether some rank was told to stop."""
@@ -212,6 +212,7 @@ class Loop:
             "lr": self.recipe.optim.lr * lr_factor(state.step - 1, self.steps, self.recipe.optim),
             "grad_norm": state.logged["grad_norm"],
             "tokens": state.tokens,
+            **self.stage.figures(),
             **self.speed(sums.tokens, sums.count, sums.seconds),
         })  # fmt: skip
         state.sums = Sums()
@@ -252,7 +253,7 @@ class Loop:
 
     def save(self) -> None:
         """A checkpoint of this step; older ones go once it is whole."""
-        files = snapshot.pack(self.model, self.optimizer, self.ema, self.world)
+        files = snapshot.pack(self.model, self.optimizer, self.ema, self.world, self.stage.state())
         if self.world.main:
             about = {"steps": self.steps, "ranks": self.world.size, "accumulate": self.accumulate,
                      "data": self.stage.fingerprint, "base": self.base, "scaler": self.scaler.state_dict()}  # fmt: skip
@@ -271,6 +272,7 @@ class Loop:
             files, saved = checkpoint.read(path)
             self.accept(path, saved)
             snapshot.unpack(files, self.model, self.optimizer, self.ema, self.world)
+            self.stage.restore(snapshot.stage_states(files))
             self.progress.say(f"going on from {path.name} of {self.steps}")
         if self.world.main:
             self.folder.rewind(self.state.step)

@@ -5,7 +5,6 @@ Everything that can be wrong with a recipe is found before the first step, and b
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,10 +30,10 @@ from groundup.train.pretrain import Pretrain
 from groundup.train.progress import Progress
 from groundup.train.rng import seed_all
 from groundup.train.sft import SFT
-from groundup.train.stage import Place, TokenStage
+from groundup.train.stage import Place, Stage
 from groundup.train.start import SOFT_METHODS, Start, config_of, source_of, start, tokenizer_of
 
-STAGES: dict[str, type[TokenStage]] = {"pretrain": Pretrain, "sft": SFT}
+STAGES: dict[str, type[Stage]] = {"pretrain": Pretrain, "sft": SFT}
 Hook = Callable[[dict[str, Any]], None]
 
 
@@ -84,24 +83,25 @@ def _train(
     stage_type = STAGES[recipe.stage]
     data = stage_type.open(recipe, tokenizer, Path(recipe.cache or cache_folder() / "tokens"))
     world = dist.start(device)  # only now: tokenising may take longer than ranks wait for each other
-    stage = stage_type(*data, recipe, Place(device, world))
+    stage = stage_type(data, recipe, Place(device, world), tokenizer)
     seed_all(recipe.seed + world.rank)
     meter = Meter(device)
     begun = start(recipe, config, source, tokenizer, pick_dtype(recipe.train.dtype, device))
-    model = begun.model.to(device)
+    begun.model.to(device)
+    model = stage.prepare(begun)
     if world.main:
         checkpoint.check_space(folder.path, _bytes(begun, recipe))
         folder.claim(recipe)
-    steps = _steps(recipe, stage, world)
-    flops, peak = Flops.of(model, recipe.train.seq_len), peak or peak_flops(str(device), recipe.train.dtype)
+    steps, blocks = stage.steps(), begun.model.blocks
+    flops, peak = Flops.of(begun.model, recipe.train.seq_len), peak or peak_flops(str(device), recipe.train.dtype)
     shown = Progress(recipe.stage, steps, on=world.main, hook=hook if world.main else None)
     _describe(shown, recipe, stage, begun, world)
     if recipe.train.activation_checkpointing:
-        recompute_blocks(model.blocks)
+        recompute_blocks(blocks)
     policy = compile_policy(recipe.train.compile, device)
     if recipe.adapt.method in SOFT_METHODS:  # its cache knows its layer by number: each would be compiled apart
         policy = CompilePolicy(False, "a soft prompt stands before every document")
-    compile_blocks(model.blocks, policy)
+    compile_blocks(blocks, policy)
     shown.say(f"blocks {'compiled' if policy.on else 'not compiled'} ({policy.reason})")
     loop = Loop(stage, model, recipe, steps, folder, stage.place, flops, peak, shown, begun.rates, begun.fingerprint)
     meter.begin()
@@ -110,7 +110,7 @@ def _train(
     if source is not None:
         for line in table(planned, found):
             shown.say(line)
-    return _finish(loop, begun, tokenizer, {"planned": planned, "measured": found})
+    return _finish(loop, stage, begun, tokenizer, {"planned": planned, "measured": found})
 
 
 def _machine(recipe: Recipe) -> torch.device:
@@ -127,35 +127,23 @@ def _machine(recipe: Recipe) -> torch.device:
     return device
 
 
-def _global_batch(recipe: Recipe, world: dist.World) -> int:
-    """Rows in one optimizer step."""
-    return recipe.train.batch_size * recipe.train.accumulate * world.size
-
-
-def _steps(recipe: Recipe, stage: TokenStage, world: dist.World) -> int:
-    return recipe.train.steps or math.ceil(recipe.train.epochs * len(stage.train) / _global_batch(recipe, world))
-
-
 def _bytes(begun: Start, recipe: Recipe) -> int:
     """Disk that a checkpoint and the final weights take: masters, two moments at most, average, result."""
     return begun.numbers() * 4 * (5 if recipe.train.ema else 4)
 
 
-def _describe(shown: Progress, recipe: Recipe, stage: TokenStage, begun: Start, world: dist.World) -> None:
-    data, place = stage.train, stage.place
+def _describe(shown: Progress, recipe: Recipe, stage: Stage, begun: Start, world: dist.World) -> None:
     ranks = f", {world.size} ranks" if world.size > 1 else ""
     total, moving = begun.numbers(moving=False), begun.numbers()
     part = f", of which {moving / 1e6:.2f}M move" if moving < total else ""
-    shown.say(f"{recipe.model}: {total / 1e6:.2f}M parameters{part}, on {place.device}{ranks}; {begun.whose()}")
-    shown.say(
-        f"data: {data.documents:,} documents in {len(data):,} rows of {data.seq_len} ({100 * data.fill:.1f}% full), "
-        f"{data.trained_tokens:,} trained tokens; {len(stage.val) if stage.val else 'no'} rows held out"
-    )
-    rows = _global_batch(recipe, world)
-    shown.say(f"{shown.steps} steps of {rows} rows, {rows * data.seq_len:,} positions")
+    device = stage.place.device
+    shown.say(f"{recipe.model}: {total / 1e6:.2f}M parameters{part}, on {device}{ranks}; {begun.whose()}")
+    data, step = stage.about()
+    shown.say(f"data: {data}")
+    shown.say(f"{shown.steps} steps of {step}")
 
 
-def _finish(loop: Loop, begun: Start, tokenizer: Tokenizer, memory: dict[str, Any]) -> dict[str, Any]:
+def _finish(loop: Loop, stage: Stage, begun: Start, tokenizer: Tokenizer, memory: dict[str, Any]) -> dict[str, Any]:
     """The stock folder at the run's root, the plots, and the mark that the run is done, written last."""
     recipe, folder, state = loop.recipe, loop.folder, loop.state
     result = {
@@ -171,7 +159,7 @@ def _finish(loop: Loop, begun: Start, tokenizer: Tokenizer, memory: dict[str, An
     }
     if loop.world.main:
         with checkpoint.disk_errors(folder.path, _bytes(begun, recipe)), loop.ema.applied():
-            begun.save(folder.path, tokenizer)
+            stage.save(begun, folder.path, tokenizer)
         if recipe.log.plots:
             draw(folder.metrics, folder.path / "curves.png", recipe.stage)
         folder.finish(result)

@@ -15,13 +15,27 @@ from groundup.train.ema import EMA
 from groundup.train.rng import gather_rng, scatter_rng
 
 
-def pack(model: nn.Module, optimizer: Optimizers, ema: EMA, world: World) -> Files:
-    """The tensors of a checkpoint by file. A collective call: every rank's random state is gathered."""
+def pack(
+    model: nn.Module, optimizer: Optimizers, ema: EMA, world: World, stage: dict[str, Tensor] | None = None
+) -> Files:
+    """The tensors of a checkpoint by file. A collective call: every rank's random and stage state are gathered."""
     files: Files = {"model": moving(model), "optimizer": optimizer_tensors(optimizer)}
     if ema.weights:
         files["ema"] = ema.weights
     files["rng"] = gather_rng(world)
+    states = world.gather_objects(stage or {})
+    if any(states):
+        files["stage"] = {f"{name}.{rank}": t for rank, state in enumerate(states) for name, t in state.items()}
     return files
+
+
+def stage_states(files: Files) -> list[dict[str, Tensor]]:
+    """Every rank's stage state, in the order of the ranks; empty where the stage had none."""
+    states: dict[int, dict[str, Tensor]] = {}
+    for key, tensor in files.get("stage", {}).items():
+        name, rank = key.rsplit(".", 1)
+        states.setdefault(int(rank), {})[name] = tensor
+    return [states[rank] for rank in sorted(states)]
 
 
 def moving(model: nn.Module) -> dict[str, Tensor]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +20,9 @@ from groundup.objectives.next_token import bits_per_byte, next_token, trained
 
 if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
+    from groundup.train.start import Start
+
+Datasets: TypeAlias = "tuple[PackedDataset, PackedDataset | None]"  # for training, and held out
 
 
 @dataclass(frozen=True)
@@ -28,42 +33,82 @@ class Place:
     world: World
 
 
-class Batches(Protocol):
-    def batch_at(self, step: int) -> Any:
-        """This rank's batch of a micro-step, as a pure function of its number."""
+class Stage(ABC):
+    """What a stage of training is: data, what is trained of a model, batches, a loss, an evaluation.
 
+    The calls come in this order: open, the constructor, prepare, then the loop's. All ranks make all of them.
+    """
 
-class Stage(Protocol):
-    """All that the loop knows of a stage."""
-
+    place: Place
     fingerprint: dict[str, int]  # figures of the data that must be the same when a run goes on
 
-    @property
-    def loader(self) -> Batches: ...
+    @classmethod
+    @abstractmethod
+    def open(cls, recipe: Recipe, tokenizer: Tokenizer, cache: Path) -> Any:
+        """The data of a recipe, tokenised once. Every rank calls it; one of them does the work."""
 
+    @abstractmethod
+    def __init__(self, data: Any, recipe: Recipe, place: Place, tokenizer: Tokenizer) -> None: ...
+
+    def prepare(self, begun: Start) -> nn.Module:
+        """What the loop trains, the begun model by default; here other models (a reference, a teacher) are made."""
+        return begun.model
+
+    @abstractmethod
+    def steps(self) -> int:
+        """Optimizer steps of the run."""
+
+    @abstractmethod
+    def about(self) -> tuple[str, str]:
+        """For people: the data in a line, and what an optimizer step takes of it."""
+
+    @abstractmethod
+    def fetch(self, step: int, accumulate: int) -> list[Any]:
+        """This rank's micro-batches of an optimizer step, at least one: a pure function of the step, of the weights
+        (on-policy stages) and of what `restore` was given. accumulate: how many, where the stage does not decide."""
+
+    @abstractmethod
     def count(self, batch: Any) -> tuple[int, int]:
         """(what the loss is divided by, tokens processed) of a batch, known before its forward pass."""
 
+    @abstractmethod
     def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """(sum, count, metrics): the loss summed over the batch, its count, and further sums over the same count."""
 
+    @abstractmethod
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Held-out figures, the same on every rank; `val_loss` decides what is best. Empty: nothing is held out."""
 
+    def figures(self) -> dict[str, float]:
+        """Further figures for each logged line, the same on every rank: of the newest rollout, for example."""
+        return {}
 
-class TokenStage:
+    def state(self) -> dict[str, Tensor]:
+        """CPU tensors of this rank, beside model and optimizer, that decide the steps to come (a rollout half used).
+        They go into every checkpoint."""
+        return {}
+
+    def restore(self, states: list[dict[str, Tensor]]) -> None:  # noqa: B027  # most stages keep nothing
+        """Before the first `fetch`: what `state` gave on each rank (there may have been another number of them)."""
+
+    def save(self, begun: Start, folder: Path, tokenizer: Tokenizer) -> None:
+        """The result: a stock model folder, or PEFT's files of an adapter, with the tokenizer."""
+        begun.save(folder, tokenizer)
+
+
+class TokenStage(Stage):
     """What the stages that foresee the next token share. They differ in which tokens are trained: `kind`."""
 
     kind: str  # how rows are read: "text" or "chat"
 
-    def __init__(self, train: PackedDataset, val: PackedDataset | None, recipe: Recipe, place: Place) -> None:
-        self.train, self.val, self.place, self.config, self.seed = train, val, place, recipe.train, recipe.seed
+    def __init__(self, data: Datasets, recipe: Recipe, place: Place, tokenizer: Tokenizer) -> None:
+        (train, self.val), self.place, self.config, self.seed = data, place, recipe.train, recipe.seed
+        self.train = train
         self.loader = Loader(train, recipe.train.batch_size, recipe.seed, place.world.rank, place.world.size)
         self.fingerprint = {"rows": len(train), "trained_tokens": train.trained_tokens, "bytes": train.bytes}
 
     @classmethod
-    def open(cls, recipe: Recipe, tokenizer: Tokenizer, cache: Path) -> tuple[PackedDataset, PackedDataset | None]:
-        """(training, validation) data of a recipe, tokenised once. Every rank calls it; one of them does the work."""
+    def open(cls, recipe: Recipe, tokenizer: Tokenizer, cache: Path) -> Datasets:
         options: dict[str, Any] = {
             "kind": cls.kind, "seq_len": recipe.train.seq_len, "cache_dir": cache, "seed": recipe.seed,
             "placeholders": recipe.fill,
@@ -74,6 +119,25 @@ class TokenStage:
         train, _ = open_dataset(sources, tokenizer, **options)
         val, _ = open_dataset([Source(path) for path in recipe.eval.data], tokenizer, **options)
         return train, val
+
+    @property
+    def rows(self) -> int:
+        """In one optimizer step, over all ranks."""
+        return self.config.batch_size * self.config.accumulate * self.place.world.size
+
+    def steps(self) -> int:
+        return self.config.steps or math.ceil(self.config.epochs * len(self.train) / self.rows)
+
+    def about(self) -> tuple[str, str]:
+        data = self.train
+        held = (
+            f"{data.documents:,} documents in {len(data):,} rows of {data.seq_len} ({100 * data.fill:.1f}% full), "
+            f"{data.trained_tokens:,} trained tokens; {len(self.val) if self.val else 'no'} rows held out"
+        )
+        return held, f"{self.rows} rows, {self.rows * data.seq_len:,} positions"
+
+    def fetch(self, step: int, accumulate: int) -> list[Batch]:
+        return [self.loader.batch_at(step * accumulate + i) for i in range(accumulate)]
 
     def count(self, batch: Batch) -> tuple[int, int]:
         return int(trained(batch.labels_BT)), int((batch.doc_ids_BT >= 0).sum())

@@ -121,7 +121,7 @@ def test_a_number_of_ranks_that_cannot_share_the_batch_is_refused(
         fingerprint: dict[str, int] = {}  # noqa: RUF012
 
     loop = Loop.__new__(Loop)
-    loop.world, loop.stage = World(0, 3), Half()  # type: ignore[assignment]
+    loop.world, loop.stage, loop.base = World(0, 3), Half(), ""  # type: ignore[assignment]
     with pytest.raises(UserError, match=r"3 ranks cannot share its 4 forward passes a step; start 2 ranks"):
         loop.accept(ground, {"data": {}, "ranks": 2, "accumulate": 2})
 

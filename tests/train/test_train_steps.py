@@ -32,7 +32,7 @@ Run = Callable[..., dict[str, Any]]
 def stage_of(recipe: dict[str, Any]) -> Pretrain:
     parsed = build_recipe(recipe)
     data = Pretrain.open(parsed, load_tokenizer(recipe["model"]), Path(recipe["cache"]))
-    return Pretrain(*data, parsed, Place(torch.device("cpu"), World()))
+    return Pretrain(data, parsed, Place(torch.device("cpu"), World()), load_tokenizer(recipe["model"]))
 
 
 def plain_loss(model: torch.nn.Module, batch: Any) -> torch.Tensor:
