@@ -23,6 +23,7 @@ from rich.table import Table
 
 from bench.material import Material, real
 from bench.measure import ROOT, Program, ProgramFailed, load, ratio, speed, take_turns
+from bench.programs import fastest
 
 DATA = ("sft/alpaca_gpt4_zh_demo.json",)
 FASTER, BYTES, LOSS = 1.3, 0.6, 1.02  # the aims: times the best peer, bytes a parameter, times LoRA's loss
@@ -31,7 +32,7 @@ Say = Callable[[str], None]
 # What changes a program's speed and not what it computes; the first is used, --tune takes the fastest. A step's rows go
 # through in so many pieces; SFTTrainer lays those of one end to end, and on a CPU attention then looks at all of it.
 SETTINGS: dict[str, list[dict[str, Any]]] = {
-    "ours": [{"pieces": 1}, {"pieces": 2}],
+    "ours": [{"pieces": 4}, {"pieces": 1}, {"pieces": 2}, {"pieces": 8}],  # 4: less memory than any peer takes
     "trainer": [{"pieces": 1}, {"pieces": 2}, {"pieces": 8}],
     "trl": [
         {"pieces": 8, "packing": "bfd"},
@@ -170,20 +171,9 @@ def program(name: str, setting: dict[str, Any], rows: dict[str, str], options: O
 
 def best_setting(name: str, rows: dict[str, str], options: Options, say: Say) -> dict[str, Any]:
     """The first of a program's settings; with --tune the fastest, each tried alone for two turns."""
-    settings = SETTINGS[name]
-    if not options.tune or len(settings) == 1:
-        return settings[0]
-    rates: dict[int, float] = {}
-    for number, setting in enumerate(settings):
-        trial = program(name, setting, rows, options)
-        try:
-            trial.start()
-            rates[number] = max(trial.turn(options.seconds)["tokens_per_second"] for _ in range(2))
-            trial.stop()
-            say(f"  {name} {setting}: {rates[number]:,.0f} tokens/s, {trial.peak_mb:,.0f} MB")
-        except ProgramFailed as error:
-            say(f"  {name} {setting} does not run: {str(error).splitlines()[-1]}")
-    return settings[max(rates, key=rates.__getitem__)] if rates else settings[0]
+    if not options.tune:
+        return SETTINGS[name][0]
+    return fastest(SETTINGS[name], lambda setting: program(name, setting, rows, options), options.seconds, say)[0]
 
 
 def make_rows(options: Options) -> dict[str, str]:
@@ -294,7 +284,7 @@ def show(result: dict[str, Any]) -> Table:
     return table
 
 
-def about(part: str, options: Options, before: list[float]) -> dict[str, Any]:
+def about(part: str, options: Any, before: list[float]) -> dict[str, Any]:
     """Where these figures come from."""
     from groundup.device import describe
 

@@ -81,9 +81,9 @@ class Program:
         line = self._process.stdout.readline()  # type: ignore[union-attr]
         if line:
             return json.loads(line)
-        self._process.wait()
+        code = self._process.wait()
         self._log.seek(0)
-        tail = self._log.read().strip().splitlines()[-8:]
+        tail = self._log.read().strip().splitlines()[-8:] + [f"killed by signal {-code}"] * (code < 0)
         self.stop()
         raise ProgramFailed(f"{self.name}: " + "\n".join(tail))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bench.measure import Program, ProgramFailed
@@ -28,19 +28,30 @@ def program(name: str, spec: dict[str, Any], setting: dict[str, Any]) -> Program
 def best_setting(name: str, spec: dict[str, Any], options: Options, say: Callable[[str], None]) -> dict[str, Any]:
     """The fastest of the settings that are worth a try, each tried alone for two short turns."""
     settings = [s for s in SETTINGS[name] if spec["batch"] % s["accumulate"] == 0]
-    if not options.tune or len(settings) == 1:
+    if not options.tune:
         return settings[0]
-    rates = {}
-    for number, setting in enumerate(settings):
-        trial = program(name, spec, setting)
+    return fastest(settings, lambda setting: program(name, spec, setting), options.seconds, say)[0]
+
+
+def fastest(
+    settings: Sequence[dict[str, Any]], make: Callable[[dict[str, Any]], Program], seconds: float,
+    say: Callable[[str], None], *, unit: str = "tokens", turns: int = 2,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:  # fmt: skip
+    """(the fastest setting, what each gave), each tried alone. Where there is no choice, or none runs: the first."""
+    tried: list[dict[str, Any]] = []
+    for setting in settings if len(settings) > 1 else ():
+        trial = make(setting)
         try:
             trial.start()
-            rates[number] = max(trial.turn(options.seconds)["tokens_per_second"] for _ in range(2))
+            rate = max(trial.turn(seconds)["tokens_per_second"] for _ in range(turns))
             trial.stop()
-            say(f"  {name} {setting}: {rates[number]:,.0f} tokens/s")
+            tried.append({"setting": setting, "rate": rate, "memory_mb": trial.peak_mb})
+            say(f"  {trial.name} {setting}: {rate:,.2f} {unit}/s, {trial.peak_mb:,.0f} MB")
         except ProgramFailed as error:
-            say(f"  {name} {setting} does not run: {str(error).splitlines()[-1]}")
-    return settings[max(rates, key=rates.__getitem__)] if rates else settings[0]
+            tried.append({"setting": setting, "error": str(error)})
+            say(f"  {trial.name} {setting} does not run: {str(error).splitlines()[-1]}")
+    ran = [one for one in tried if "rate" in one]
+    return max(ran, key=lambda one: one["rate"])["setting"] if ran else settings[0], tried
 
 
 def start_all(

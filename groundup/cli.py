@@ -9,7 +9,23 @@ from typing import Annotated, Any
 
 import typer
 
-from groundup.cli_files import data_app, tokenizer_app
+from groundup.cli_eval import evaluate
+from groundup.cli_files import data_app, distill_app, tokenizer_app
+from groundup.cli_options import (
+    LINE,
+    Adapters,
+    Budget,
+    ModelDir,
+    Quantize,
+    StepEnd,
+    Strategy,
+    Temperature,
+    Think,
+    Verifier,
+    typed,
+)
+from groundup.cli_reason import pipeline_app, sample
+from groundup.cli_rewards import rewards_app
 from groundup.cli_show import Json, show
 from groundup.errors import UserError
 
@@ -22,12 +38,11 @@ app = typer.Typer(
 )
 app.add_typer(tokenizer_app, name="tokenizer")
 app.add_typer(data_app, name="data")
-
-ModelDir = Annotated[Path, typer.Argument(metavar="DIR", help="A model folder (config.json, safetensors, tokenizer).")]
-Quantize = Annotated[
-    str | None, typer.Option(metavar="SCHEME", help="int8, int8-weight or int4: less memory, more speed.")
-]
-Adapters = Annotated[list[str] | None, typer.Option("--adapter", metavar="NAME=PATH", help="A LoRA adapter.")]
+app.add_typer(distill_app, name="distill")
+app.add_typer(pipeline_app, name="pipeline")
+app.add_typer(rewards_app, name="rewards")
+app.command(name="eval")(evaluate)
+app.command()(sample)
 
 
 @app.callback()
@@ -101,7 +116,7 @@ def chat(
     top_k: Annotated[int, typer.Option(min=0)] = 0,
     max_tokens: Annotated[int, typer.Option(min=1)] = 512,
     seed: Annotated[int | None, typer.Option()] = None,
-    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Default: the model decides.")] = None,
+    think: Think = None,
     quantize: Quantize = None,
 ) -> None:
     """Talk to a model in the terminal. /help lists the commands there."""
@@ -128,51 +143,40 @@ def generate(
         Path | None, typer.Option(help="Prompts from a file of rows in any known format, or .txt lines.")
     ] = None,
     raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it is, without the chat template.")] = False,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    temperature: Temperature = None,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 1.0,
     top_k: Annotated[int, typer.Option(min=0)] = 0,
     max_tokens: Annotated[int, typer.Option(min=1)] = 256,
     seed: Annotated[int | None, typer.Option()] = None,
-    think: Annotated[bool | None, typer.Option("--think/--no-think", help="Default: the model decides.")] = None,
+    think: Think = None,
+    strategy: Strategy = None,
+    budget: Budget = 16,
+    verifier: Verifier = None,
+    step: StepEnd = LINE,
     quantize: Quantize = None,
     as_json: Json = False,
 ) -> None:
     """Answer prompts, for scripts."""
-    from groundup.serve.terminal import run_generate
+    from groundup.serve.script import Longer, run_generate
+
+    if verifier and not strategy:
+        raise UserError("--verifier", "judges the samples of a strategy", "give --strategy best-of-n, or leave it out")
 
     run_generate(
         model,
         prompts or [],
         file=file,
         raw=raw,
-        temperature=temperature,
+        temperature=0.0 if temperature is None and strategy is None else temperature,
         top_p=top_p,
         top_k=top_k,
         max_tokens=max_tokens,
         seed=seed,
         think=think,
+        longer=Longer(strategy, budget, verifier, typed(step)) if strategy else None,
         quantize=quantize,
         as_json=as_json,
     )
-
-
-@app.command(name="eval")
-def evaluate(
-    model: ModelDir,
-    data: Annotated[
-        list[Path] | None, typer.Option(help="Text or chat files: bits per byte is measured on them.")
-    ] = None,
-    world: Annotated[
-        bool, typer.Option("--world", help="Exact match on the built-in world's held-out questions.")
-    ] = False,
-    seed: Annotated[int, typer.Option(help="Seed of the world that the model was trained on.")] = 0,
-    quantize: Quantize = None,
-    as_json: Json = False,
-) -> None:
-    """Measure a model: bits per byte on files, exact match on the built-in world, what quantising costs."""
-    from groundup.eval.run import evaluate as run
-
-    show(run(model, data=data or [], world=world, seed=seed, quantize=quantize), as_json)
 
 
 @app.command()
@@ -196,8 +200,11 @@ def serve(
     request_timeout: Annotated[float | None, typer.Option(min=0, help="Seconds.")] = None,
     cors_origin: Annotated[list[str] | None, typer.Option(help="Web pages that may call; * for all.")] = None,
     drain_seconds: Annotated[float, typer.Option(min=0, help="How long running requests may go on at the end.")] = 30,
+    scorer: Annotated[
+        list[str] | None, typer.Option(metavar="NAME=PATH", help="A reward model beside it, for POST /score.")
+    ] = None,
 ) -> None:
-    """Serve a model over OpenAI's API. SIGTERM or Ctrl-C: running requests finish first."""
+    """Serve a model over OpenAI's API; a reward model for POST /score. SIGTERM or Ctrl-C: running requests finish."""
     from groundup.serve.api import serve as run
 
     run(
@@ -216,6 +223,7 @@ def serve(
         request_timeout=request_timeout,
         cors_origins=cors_origin or [],
         drain_seconds=drain_seconds,
+        scorers=scorer or [],
     )
 
 

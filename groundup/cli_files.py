@@ -1,4 +1,4 @@
-"""What can I type about files? `groundup tokenizer ...` and `groundup data ...`."""
+"""What can I type about files? `groundup tokenizer ...`, `groundup data ...` and `groundup distill ...`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,9 @@ from groundup.cli_show import Json, show
 
 tokenizer_app = typer.Typer(help="Train, extend and measure tokenizers.", no_args_is_help=True)
 data_app = typer.Typer(help="Look at data files, and clean them.", no_args_is_help=True)
+distill_app = typer.Typer(
+    help="Make students, and ask teachers of which only the text is to be had.", no_args_is_help=True
+)
 
 TokenizerDir = Annotated[Path | None, typer.Option("--tokenizer", metavar="DIR", help="A tokenizer folder.")]
 
@@ -102,3 +105,55 @@ def data_clean(
         show(report.to_json(), True)
     else:
         report.print()
+
+
+@distill_app.command("cut")
+def distill_cut(
+    teacher: Annotated[str, typer.Argument(metavar="TEACHER", help="A model folder.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The student's folder.")],
+    data: Annotated[
+        list[Path] | None, typer.Option(help="Text or chats that show what matters in the teacher.")
+    ] = None,
+    layers: Annotated[int | None, typer.Option(min=1)] = None,
+    width: Annotated[int | None, typer.Option(min=1)] = None,
+    intermediate: Annotated[int | None, typer.Option(min=1, help="Feed-forward neurons.")] = None,
+    heads: Annotated[int | None, typer.Option(min=1)] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="The same shape with fresh weights.")] = False,
+    seed: Annotated[int, typer.Option()] = 0,
+    as_json: Json = False,
+) -> None:
+    """Cut a smaller model out of a teacher: a student that begins with something."""
+    from groundup.train.cut import cut_folder
+
+    sizes = {"layers": layers, "width": width, "intermediate": intermediate, "heads": heads}
+    show(cut_folder(teacher, output, data or [], **sizes, fresh=fresh, seed=seed), as_json)
+
+
+@distill_app.command("ask")
+def distill_ask(
+    prompts: Annotated[
+        list[str], typer.Argument(metavar="PROMPTS...", help="Files of rows in any known format, or .txt lines.")
+    ],
+    url: Annotated[str, typer.Option(help="An OpenAI-compatible server, e.g. http://127.0.0.1:8000/v1")],
+    model: Annotated[str, typer.Option(help="What the server calls the model.")],
+    output: Annotated[Path, typer.Option(metavar="FILE", help="Rows for stage sft, as jsonl.")],
+    system: Annotated[str | None, typer.Option(help="System prompt, where a row has none.")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.0)] = None,
+    top_p: Annotated[float | None, typer.Option(min=0.0, max=1.0)] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1)] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
+    extra: Annotated[str, typer.Option(metavar="JSON", help="Further fields of each request.")] = "{}",
+    parallel: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 8,
+    retries: Annotated[int, typer.Option(min=0, help="Tries after the first, with growing pauses.")] = 6,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for an answer.")] = 600.0,
+    limit: Annotated[int | None, typer.Option(min=1, help="Ask the first so many prompts only.")] = None,
+    api_key: Annotated[str | None, typer.Option(envvar="OPENAI_API_KEY", help="Sent to the server.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Ask a server every prompt; the answers become rows for stage sft. The same command again goes on."""
+    from groundup.data.ask import Asking, Told, ask, json_object
+    from groundup.data.ask_wire import Wire
+
+    asking = Asking(model, system, temperature, top_p, max_tokens, seed, json_object("--extra", extra))
+    wire = Wire(url, api_key, retries, timeout)
+    show(ask(prompts, output, wire, asking, parallel, limit, progress=Told()), as_json)

@@ -27,13 +27,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optim": {"config"},
     "dist": {"model"},
     "infer": {"model", "adapt", "ops", "tokenizer", "data", "device"},
+    "rewards": {"infer", "data", "tokenizer", "config"},
     "export": {"model", "tokenizer", "files", "device", "infer"},
     "plan": {"config", "device", "model", "adapt", "optim", "objectives", "ops", "data", "tokenizer", "files"},
-    "train": {*"config device tokenizer data ops model adapt objectives optim dist infer plan files".split()},
+    "train": {*"config device tokenizer data ops model adapt objectives optim dist infer plan files rewards".split()},
     "serve": {"infer", "tokenizer", "model", "adapt", "data", "device", "config"},
-    "eval": {"infer", "data", "model", "adapt", "tokenizer", "device", "world", "files", "objectives", "ops"},
+    "eval": {*"infer data model adapt tokenizer device world files objectives ops config rewards".split()},
 }
-TOP = {"cli", "cli_files", "cli_show", "quickstart", "__init__"}
+TOP = {*"cli cli_eval cli_files cli_options cli_reason cli_rewards cli_show quickstart pipeline __init__".split()}
 
 
 def imports_of(path: Path) -> set[str]:

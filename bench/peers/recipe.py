@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from typing import Any
 
 from bench.turns import Turns, run
@@ -29,15 +30,15 @@ class TakeTurns:
             raise Finished
 
 
-def train_by_turns(recipe: dict[str, Any], turns: Turns) -> None:
-    """Train without evaluating or saving until the bench has seen enough."""
+def train_by_turns(recipe: dict[str, Any], turns: Turns, hook: Callable[[dict[str, Any]], None] | None = None) -> None:
+    """Train without evaluating or saving until the bench has seen enough. hook: instead of TakeTurns."""
     length = recipe["train"]
     positions = length["batch_size"] * length.get("accumulate", 1) * length["seq_len"]
     endless = {"steps": NEVER, "save_every": 2 * NEVER, "eval_every": 2 * NEVER}
     with tempfile.TemporaryDirectory() as folder:
         own = {"output": f"{folder}/run", "train": length | endless, "log": {"every": 1, "plots": False}}
         try:
-            train(recipe | own, progress=TakeTurns(turns, positions), peak=1.0)
+            train(recipe | own, progress=hook or TakeTurns(turns, positions), peak=1.0)
         except Finished:
             return
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -41,6 +43,14 @@ class Adapted(ABC):
     def rates(self) -> dict[str, float]:
         """Parameter name -> factor on the learning rate, where it is not 1 (LoRA+)."""
         return {}
+
+    def keep_start(self) -> None:  # noqa: B027  # a soft prompt has nothing to remember
+        """Before training: remember what `off` could not find again."""
+
+    @contextmanager
+    def off(self) -> Iterator[nn.Module]:
+        """The model without the adapter, while the context lasts: what it was before training (after `keep_start`)."""
+        yield self.model
 
     def forward_model(self) -> nn.Module:
         """What stages compute with: the model itself, or one that puts a soft prompt before every document."""

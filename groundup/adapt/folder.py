@@ -21,6 +21,7 @@ from groundup.adapt.ia3 import load_ia3
 from groundup.adapt.lora import load_lora
 from groundup.errors import UserError
 from groundup.files import write_atomic, write_json
+from groundup.model.scored import Scored
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PEFT_VERSION = "0.21.2"  # whose files these are
@@ -48,7 +49,8 @@ def save_adapter(adapted: Adapted, directory: str | Path, base: str) -> None:
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in adapted.tensors().items()}
     common = {"auto_mapping": None, "base_model_name_or_path": base, "inference_mode": True, "revision": None}
-    settings = {**common, "task_type": "CAUSAL_LM", **adapted.settings(), **common, "peft_version": PEFT_VERSION}
+    task = "SEQ_CLS" if isinstance(adapted.model, Scored) else "CAUSAL_LM"
+    settings = {**common, "task_type": task, **adapted.settings(), **common, "peft_version": PEFT_VERSION}
     write_atomic(Path(directory) / WEIGHTS, save(tensors, metadata={"format": "pt"}))
     write_json(Path(directory) / CONFIG, settings)
 
@@ -63,6 +65,9 @@ def load_adapter(model: nn.Module, directory: str | Path) -> Adapted:
     if peft_type not in LAYERS and peft_type not in SOFT:
         why = f"peft_type {peft_type!r} is not supported"
         raise UserError(Path(directory) / CONFIG, why, f"supported: {', '.join([*LAYERS, *SOFT])}")
+    if settings.get("task_type") == "SEQ_CLS" and not isinstance(model, Scored):
+        why = "makes a reward model of its base: it scores answers and writes none"
+        raise UserError(directory, why, "name it as the reward of a recipe, as --verifier, or to groundup serve")
     model.requires_grad_(False)
     try:
         if peft_type in LAYERS:

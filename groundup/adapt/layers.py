@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -90,6 +91,19 @@ class AdaptedLayers(Adapted):
         """Put the layers back as they were; the parts stay whole beside them."""
         for path, part in self.parts.items():
             self.put(self.model, path, part.base)
+
+    def keep_start(self) -> None:
+        self.whole.keep_start()
+
+    @contextmanager
+    def off(self) -> Iterator[nn.Module]:
+        self.release()
+        try:
+            with self.whole.as_at_start():
+                yield self.model
+        finally:
+            for path, part in self.parts.items():
+                self.put(self.model, path, part)
 
     @staticmethod
     def put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -36,7 +36,7 @@ def quantize_base(model: nn.Module, kind: Literal["nf4", "int8"], double_quant: 
         (parent, f"{prefix}.{name}" if prefix else name, name)
         for prefix, parent in model.named_modules()
         for name, child in parent.named_children()
-        if id(child) in inside and type(child) is nn.Linear and not child.weight.requires_grad
+        if id(child) in inside and type(child) is nn.Linear and not any(p.requires_grad for p in child.parameters())
     ]
     if not found:
         why = f"there is nothing to keep in {kind}: no frozen nn.Linear in the blocks"

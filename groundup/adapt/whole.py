@@ -7,7 +7,8 @@ both names; a file in which they differ makes them two, and one that holds more 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ class Whole:
     def __init__(self, model: nn.Module, paths: Sequence[str]) -> None:
         self.model = model
         self.modules = {path: inside(model).get_submodule(path) for path in paths}
+        self.start: list[Tensor] | None = None
         for module in self.modules.values():
             for parameter in module.parameters():
                 parameter.data = parameter.data.float()
@@ -82,6 +84,26 @@ class Whole:
                 if f"{path}.{name}" in tensors:
                     parameter.copy_(tensors[f"{path}.{name}"])
 
+    def keep_start(self) -> None:
+        """Remember the numbers as they are, for `as_at_start`."""
+        self.start = [parameter.detach().clone() for parameter in self._parameters()]
+
+    @contextmanager
+    def as_at_start(self) -> Iterator[None]:
+        """The modules with the numbers of `keep_start`, while the context lasts."""
+        parameters = self._parameters()
+        if self.start is None and parameters:
+            raise ValueError("nothing was kept: call keep_start before training")
+        now = [parameter.data for parameter in parameters]
+        _exchange(parameters, self.start or [])
+        try:
+            yield
+        finally:
+            _exchange(parameters, now)
+
+    def _parameters(self) -> list[nn.Parameter]:
+        return [parameter for module in self.modules.values() for parameter in module.parameters()]
+
     def settings(self) -> dict[str, Any]:
         paths = sorted([*self.modules, *([head_path(self.model)] if self.shared() else [])])
         return {"modules_to_save": paths or None}
@@ -89,6 +111,12 @@ class Whole:
     def shared(self) -> bool:
         """Whether the embedding is among them, and with it the head."""
         return embedding_path(self.model) in self.modules and is_tied(self.model)
+
+
+def _exchange(parameters: Sequence[nn.Parameter], numbers: Sequence[Tensor]) -> None:
+    for parameter, data in zip(parameters, numbers, strict=True):
+        parameter.data = data
+    torch.clear_autocast_cache()  # it knows weights by their place, and would give what it has cast of the others
 
 
 def is_tied(model: nn.Module) -> bool:

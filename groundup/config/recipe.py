@@ -116,7 +116,7 @@ def closest(word: str, choices: Sequence[str]) -> str:
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a YAML recipe and apply `key=value` overrides (values are YAML; `data=A,B` is a list of files)."""
     path = Path(path)
-    return build_recipe(_read_yaml(path), overrides, where=str(path))
+    return build_recipe(read_yaml(path), overrides, where=str(path))
 
 
 def build_recipe(values: dict[str, Any], overrides: Sequence[str] = (), where: str = "recipe") -> Recipe:
@@ -126,14 +126,14 @@ def build_recipe(values: dict[str, Any], overrides: Sequence[str] = (), where: s
         key, sep, text = item.partition("=")
         if not sep:
             raise UserError(item, "not a key=value pair", "write e.g. train.steps=200")
-        _set(values, key.strip(), _value(key.strip(), text))
+        set_key(values, key.strip(), value_of(key.strip(), text))
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
         raise _explain(error, where) from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
     if path.is_dir():
         raise UserError(path, "is a directory, not a recipe", "name a .yaml file")
     if not path.exists():
@@ -152,7 +152,7 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return values
 
 
-def _value(key: str, text: str) -> Any:
+def value_of(key: str, text: str) -> Any:
     """A YAML scalar or list; paths and names stay text, and 3e-4 (text in YAML 1.1) is left to pydantic."""
     if key in ("data", "model", "tokenizer", "output", "cache"):
         return text
@@ -164,7 +164,7 @@ def _value(key: str, text: str) -> Any:
         return text
 
 
-def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+def set_key(values: dict[str, Any], dotted: str, value: Any) -> None:
     *parents, leaf = dotted.split(".")
     node = values
     for name in parents:

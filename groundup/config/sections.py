@@ -27,6 +27,9 @@ class TrainConfig(Section):
     batch_size: int = Field(8, ge=1, description="rows in one forward pass on one rank")
     accumulate: int = Field(1, ge=1, description="forward passes in one optimizer step")
     seq_len: int = Field(512, ge=2, description="tokens in a packed row")
+    tag_weight: float = Field(
+        1.0, gt=0, description="loss weight of the tokens of <think> </think> <answer> </answer>; MiniMind-R1: 10"
+    )
     max_grad_norm: float = Field(1.0, ge=0, description="0 turns clipping off")
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="auto: bf16 on a GPU that has it, else fp32"

@@ -34,7 +34,9 @@ class Batch:
 
     input_ids_BT: int64, pad_id in the filler. labels_BT: int64, the next token of the same document, or -100 where
     there is none or it is not trained. position_ids_BT: int64, restarting at 0 with each document (and in the filler).
-    doc_ids_BT: int32, the document's number in its row, -1 in the filler at the row's end.
+    doc_ids_BT: int32, the document's number in its row, -1 in the filler at the row's end. Of judged answers twice that
+    number, and one more where the answer is not wanted.
+    Of kinds "stepwise" and "outcome" labels_BT is 1 where something right ends, 0 where something wrong does.
     weights_BT: float32 weight of each target in the loss, or None where all weigh the same.
     """
 
@@ -61,7 +63,8 @@ class PackedDataset:
     """Documents packed into rows of seq_len tokens. Holds a few bytes a document; the tokens stay on disk.
 
     parts: shards and which of their documents an epoch holds (a document may be listed twice); of pairs, which pairs.
-    A pair is never parted: its two documents follow each other in a row, the chosen one has an even doc_id.
+    A pair is never parted: its two documents follow each other in a row, the chosen one has an even doc_id. So has a
+    wanted answer among single ones (kind "unpaired").
     token_weights: loss weight of targets by token id (reasoning distillation weighs its marks 10); others weigh 1.
     documents, trained_tokens (targets), bytes (UTF-8, of the trained text) are counted over one epoch.
     """
@@ -83,7 +86,7 @@ class PackedDataset:
         self.seq_len, self.pad_id, self.token_weights = seq_len, pad_id, token_weights or {}
         self.shards = [shards for shards, _ in parts]
         self.documents = sum(len(chosen) for _, chosen in parts)
-        self.together = parts[0][0].together
+        self.together, self.judged = parts[0][0].together, parts[0][0].judged
         parts = [(shards, _runs(chosen, self.together)) for shards, chosen in parts]
         self.bytes = sum(int(shards.bytes[chosen].sum(dtype=np.int64)) for shards, chosen in parts)
         self.trained_tokens = sum(int(shards.trained[chosen].sum(dtype=np.int64)) for shards, chosen in parts)
@@ -91,19 +94,21 @@ class PackedDataset:
 
     def _place(self, parts: Sequence[tuple[TokenShards, Index]], seed: int) -> None:
         """Cut and pack; keep, in the order of the rows, each piece's shard, first token, length, whether it goes on."""
-        pieces = []
+        pieces: list[list[NDArray[Any]]] = []
         for number, (shards, chosen) in enumerate(parts):
             begin = shards.offsets[chosen]
             cuts = cut(shards.offsets[chosen + 1] - begin, self.seq_len)
             if shards.mask is not None and cuts.continues.any():
                 raise ValueError(f"a conversation is longer than seq_len {self.seq_len}: tokenise with max_len=seq_len")
             shard = np.full(len(cuts.document), number, np.int16)
-            pieces.append((shard, begin[cuts.document] + cuts.start, cuts.length, cuts.continues))
+            columns: list[NDArray[Any]] = [shard, begin[cuts.document] + cuts.start, cuts.length, cuts.continues]
+            pieces.append(columns + ([] if shards.wanted is None else [shards.wanted[chosen][cuts.document]]))
         columns = [np.concatenate(column) for column in zip(*pieces, strict=True)]
         del pieces, begin, cuts, shard  # each is 40 MB with five million documents
         packing = pack(columns[2].reshape(-1, self.together).sum(1), self.seq_len, seed)
         order = _runs(packing.order, self.together)
-        self._shard, self._start, self._length, self._continues = (column[order] for column in columns)
+        self._shard, self._start, self._length, self._continues, *judged = (column[order] for column in columns)
+        self.wanted: NDArray[np.uint8] | None = judged[0] if judged else None  # of each document, in the rows' order
         self._offsets, self.fill = packing.offsets * self.together, packing.fill
 
     def __len__(self) -> int:
@@ -137,12 +142,28 @@ class PackedDataset:
         filled = np.bincount(piece_row, weights=length, minlength=len(rows)).astype(np.int64)
         positions = np.maximum(np.arange(self.seq_len) - filled[:, None], 0)
         input_ids.reshape(-1)[place] = ids
-        targets.reshape(-1)[place] = np.where(has_next, labels, IGNORE)
+        targets.reshape(-1)[place] = labels if self.judged else np.where(has_next, labels, IGNORE)
         positions.reshape(-1)[place] = within
-        doc_ids.reshape(-1)[place] = np.repeat(_ranges(np.zeros_like(counts), counts), length)
+        numbers = _ranges(np.zeros_like(counts), counts)
+        if self.wanted is not None:
+            numbers = 2 * numbers + 1 - self.wanted[pieces]
+        doc_ids.reshape(-1)[place] = np.repeat(numbers, length)
         weights = self._weights(targets) if self.token_weights else None
         ids_BT, labels_BT, positions_BT, docs_BT = map(torch.from_numpy, (input_ids, targets, positions, doc_ids))
         return Batch(ids_BT, labels_BT, positions_BT, docs_BT, weights)
+
+    def documents_of(self, rows: NDArray[np.integer]) -> tuple[Index, NDArray[np.int16], Index]:
+        """(its row, its shard, its number in the shard) of each document in these rows, in their order.
+
+        For the kinds whose documents are never cut.
+        """
+        counts = self._offsets[rows + 1] - self._offsets[rows]
+        pieces = _ranges(self._offsets[rows], counts)
+        shard, start = self._shard[pieces], self._start[pieces]
+        number = np.empty(len(pieces), np.int64)
+        for one in np.unique(shard):
+            number[shard == one] = np.searchsorted(self.shards[one].offsets, start[shard == one])
+        return np.repeat(rows, counts), shard, number
 
     def _tokens(self, shard: NDArray[np.int16], at: Index) -> tuple[Index, Index]:
         """Tokens at these places and the trained ones right after them (-100: not trained)."""
@@ -154,7 +175,9 @@ class PackedDataset:
                 now + 1, len(shards.tokens) - 1
             )  # the last token of all has no next; the caller masks it
             ids[here], labels[here] = shards.tokens[now], shards.tokens[after]
-            if shards.mask is not None:
+            if shards.mask is not None and shards.judged:
+                labels[here] = np.array([IGNORE, 0, 1])[shards.mask[now]]
+            elif shards.mask is not None:
                 labels[here] = np.where(shards.mask[after] == 1, labels[here], IGNORE)
         return ids, labels
 
@@ -258,7 +281,8 @@ def open_dataset(
     """Files to packed rows: tokenised once (cached), mixed by weight, split, packed.
 
     kind: "text" trains every token, documents longer than a row go on in another; "chat" trains what the assistant
-    says, conversations longer than a row are cut to it; "preference": the answers of pairs, cut to a row together.
+    says, conversations longer than a row are cut to it; "preference": the answers of pairs, cut to a row together;
+    "unpaired": single answers that are wanted or not; "stepwise", "outcome": steps, or answers, right or wrong.
     Returns (train, validation); validation is None where val_fraction is 0 or there is only one document. on_bad,
     placeholders, progress: as tokenize_files has them, a source at a time. Errors: UserError.
     """

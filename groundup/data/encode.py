@@ -11,15 +11,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from groundup.data.rows import Chat, Preference, Row, Text
+from groundup.data.rows import Chat, Message, Preference, Row, Text, Tools, Unpaired
+from groundup.data.steps import judgements
 from groundup.data.truncate import last_answers, truncate_chat, truncate_pair
 from groundup.errors import UserError
 
 if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
 
-KINDS = ("text", "chat", "preference")
-MASKED = ("chat", "preference")  # kinds of which only answers are trained
+KINDS = ("text", "chat", "preference", "unpaired", "stepwise", "outcome")
+MASKED = ("chat", "preference", "unpaired", "stepwise", "outcome")  # kinds of which only answers are trained
+JUDGED = ("stepwise", "outcome")  # kinds whose mask says 1 where something wrong ends, 2 where something right does
 BATCH = 1 << 18  # characters encoded at a time: what the tokenizer's library holds for them is 30 times that
 NAMED = 10  # rows of a chunk that are named; the rest are only counted
 # Between a letter or digit and what is neither, every byte-level pre-tokenizer ends a word: the ids of the two sides
@@ -56,7 +58,7 @@ class Encoded:
 
     bytes: UTF-8 bytes of the trained text. trained: tokens that are some token's target.
     lines: in the chunk, where it is a part of a file. context: answers that are not trained, as the chat template shows
-    them otherwise than they were said.
+    them otherwise than they were said. wanted: of judged answers, 1 where the document's is a good one.
     """
 
     tokens: NDArray[Any]
@@ -69,6 +71,7 @@ class Encoded:
     bad: Faults
     dropped: Faults
     context: int = 0
+    wanted: NDArray[np.uint8] | None = None
 
 
 def encode_rows(
@@ -80,6 +83,10 @@ def encode_rows(
     kind "chat": rendered by the chat template, cut to max_len; a row that then trains nothing is dropped.
     kind "preference": two documents a row, the chosen and the rejected conversation, cut so that both together have
     max_len tokens and equal prompts. Only the answers in question are marked.
+    kind "unpaired": conversations with a judged last answer, which alone is marked; a pair becomes two of them.
+    kind "stepwise": solutions, marked where each step ends. "outcome": conversations, marked at their end (steps.py).
+    Of a solution too long the steps that fit are kept; an answer that lost its end would not be what was judged, so it
+    is dropped.
     """
     return _Chunk(tokenizer, kind, max_len).encode(rows)
 
@@ -94,6 +101,7 @@ class _Chunk:
         self.masks: list[NDArray[np.uint8]] = []
         self.columns: list[tuple[int, int, int]] = []  # length, bytes, trained
         self.texts: list[str] = []
+        self.wanted: list[bool] = []
         self.waiting = self.truncated = self.context = 0
         self.bad, self.dropped = Faults(), Faults()
 
@@ -105,7 +113,15 @@ class _Chunk:
                 self._add_text(row.text)
             elif self.kind == "preference" and isinstance(row, Preference):
                 self._add_pair(where, row)
-            elif self.kind != "preference" and isinstance(row, Chat):
+            elif self.kind == "unpaired" and isinstance(row, Unpaired):
+                self._add_judged(where, row.messages, 1, row.label, row.tools)
+            elif self.kind == "unpaired" and isinstance(row, Preference):
+                for answers, wanted in ((row.chosen, True), (row.rejected, False)):
+                    said = sum(one["role"] == "assistant" for one in answers)
+                    self._add_judged(where, [*row.prompt, *answers], said, wanted, row.tools)
+            elif self.kind in JUDGED:
+                self._add_judgements(where, row)
+            elif self.kind in ("text", "chat") and isinstance(row, Chat):
                 self._add_chat(where, row)
             else:
                 self.bad.add(Fault(where, *_wrong_kind(row, self.kind)))
@@ -122,6 +138,7 @@ class _Chunk:
             bad=self.bad,
             dropped=self.dropped,
             context=self.context,
+            wanted=np.array(self.wanted, np.uint8) if self.kind == "unpaired" else None,
         )
 
     def _add_text(self, text: str) -> None:
@@ -193,6 +210,47 @@ class _Chunk:
         for ids, mask in sides:
             self._add_masked(ids, mask)
 
+    def _add_judged(self, where: int | str, messages: list[Message], said: int, wanted: bool, tools: Tools) -> None:
+        """A conversation of which the last `said` answers are judged."""
+        try:
+            rendered = self.tokenizer.render(messages, tools)
+        except UserError as error:
+            self.bad.add(Fault(where, error.why, error.fix, error.detail))
+            return
+        ids, mask = rendered.ids, last_answers(rendered.mask, said)
+        if self.max_len is not None and len(ids) > self.max_len:
+            ids, mask = truncate_chat(ids, mask, self.max_len, self.tokenizer.eos_id)
+            self.truncated += 1
+        if not sum(mask[1:]):
+            self.dropped.add(Fault(where, "no token of it would be trained", "it needs an answer that fits into a row"))
+            return
+        self._add_masked(ids, mask)
+        self.wanted.append(wanted)
+
+    def _add_judgements(self, where: int | str, row: Row) -> None:
+        """A document with marks where something right or wrong ends."""
+        try:
+            found = judgements(self.tokenizer, row, self.kind == "stepwise")
+        except UserError as error:
+            self.bad.add(Fault(where, error.why, error.fix, error.detail))
+            return
+        if found is None:
+            self.bad.add(Fault(where, *_wrong_kind(row, self.kind)))
+            return
+        ids, ends, labels = found
+        if self.max_len is not None and len(ids) > self.max_len:
+            ends = [end for end in ends if end < self.max_len]
+            ids = ids[: ends[-1] + 1] if ends else []
+            self.truncated += bool(ends)
+        if not ends:
+            self.dropped.add(Fault(where, "what is judged of it ends beyond a row", "it must fit into a row"))
+            return
+        mask = np.zeros(len(ids), np.uint8)
+        mask[ends] = [1 + label for label in labels[: len(ends)]]
+        self.ids.append(np.array(ids, self.dtype))
+        self.masks.append(mask)
+        self.columns.append((len(ids), self._size(ids), len(ends)))
+
     def _add_masked(self, ids: list[int], mask: list[int]) -> None:
         self.ids.append(np.array(ids, self.dtype))
         self.masks.append(np.array(mask, np.uint8))
@@ -223,6 +281,11 @@ def _wrong_kind(row: Row, kind: str) -> tuple[str, str]:
     name = type(row).__name__
     if isinstance(row, Text) and kind == "chat":
         return "a text document among conversations", "train it with stage pretrain, or give a file of conversations"
-    needed = {"text": "a text document or a conversation", "preference": "a pair of answers", "chat": "a conversation"}
+    needed = {
+        "text": "a text document or a conversation", "preference": "a pair of answers", "chat": "a conversation",
+        "unpaired": "a judged answer (label, kto_tag) or a pair of answers",
+        "stepwise": "a solution in judged steps (prompt, completions, labels)",
+        "outcome": "an answer that is right or wrong (label)",
+    }  # fmt: skip
     wanted = needed[kind]
     return f"a row of kind {name} where {wanted} is needed", "use a stage that takes such rows, or another file"

@@ -22,6 +22,11 @@ from groundup.data.rows import (
 
 # MiniMind's pretrain_hq.jsonl wrote the control tokens of its first tokenizers into the text itself.
 _WRAPPERS = (("<|im_start|>", "<|im_end|>"), ("<s>", "</s>"))
+# What of a chat row is no column of a grader's.
+_CHAT_KEYS = (
+    "conversations", "messages", "system", "tools", "gt", "images", "image", "image_bytes", "chosen", "rejected",
+    "kto_tag", "label",
+)  # fmt: skip
 
 
 def text(row: dict[str, Any]) -> Row:
@@ -54,7 +59,8 @@ def chat(row: dict[str, Any]) -> Row:
         if row.get(key) is not None and row[key] != "":
             _no_images(row)
             return _unpaired(messages, row[key], key, tools)
-    return _spoken(messages, tools, images(row), row.get("gt"))
+    extra = {name: value for name, value in row.items() if name not in _CHAT_KEYS}
+    return _spoken(messages, tools, images(row), row.get("gt"), extra)
 
 
 def alpaca(row: dict[str, Any]) -> Row:
@@ -141,7 +147,9 @@ def stepwise(row: dict[str, Any]) -> Row:
     return Stepwise(turns(row["prompt"], "prompt", "user"), words, [flag(label, "labels") for label in labels])
 
 
-def _spoken(messages: list[Message], tools: Tools, pictures: list[str | bytes], gt: Any) -> Row:
+def _spoken(
+    messages: list[Message], tools: Tools, pictures: list[str | bytes], gt: Any, extra: dict[str, Any] | None = None
+) -> Row:
     """Chat or ImageChat; Prompt where the answer is left to the model: gt is given, it is empty, or nobody answers."""
     last = messages[-1] if messages else message("", "")
     unanswered = last["role"] == "assistant" and not (last["content"] or last.get("tool_calls"))
@@ -155,7 +163,7 @@ def _spoken(messages: list[Message], tools: Tools, pictures: list[str | bytes], 
     if pictures:
         return ImageChat(messages, pictures, tools)
     if gt not in (None, "", []):
-        return Prompt(messages, gt, {}, tools)
+        return Prompt(messages, gt, extra or {}, tools)
     if unanswered or not any(one["role"] == "assistant" for one in messages):
         return Prompt(messages, None, {}, tools)
     return Chat(messages, tools)

@@ -2,8 +2,8 @@
 
 A shard folder holds `tokens.bin` (every document end to end, 2 bytes a token while the ids fit), `mask.bin` (chat: 1
 where the token is trained), `offsets.bin` (where each document begins, and the end), `bytes.bin` and `trained.bin` (per
-document), and `meta.json`, written last. It is mapped, not read, so a corpus larger than memory costs no memory; and it
-appears in one rename, so there is never half of one.
+document), `wanted.bin` (judged answers: 1 for good ones), and `meta.json`, written last. It is mapped, not read, so a
+corpus larger than memory costs no memory; and it appears in one rename, so there is never half of one.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groundup.data.chunks import ByteRange, Chunk, Reading, Worker, chunks, identity
-from groundup.data.encode import KINDS, MASKED, NAMED, Encoded, Fault, Faults, encode_rows, token_dtype
+from groundup.data.encode import JUDGED, KINDS, MASKED, NAMED, Encoded, Fault, Faults, encode_rows, token_dtype
 from groundup.data.pool import map_in_order
 from groundup.data.read import OnBad
 from groundup.data.records import file_kind
@@ -51,7 +51,8 @@ class TokenShards:
 
     tokens: uint16 or uint32. mask: uint8, 1 where trained (chat only, else None: all are). offsets: int64, one more
     than documents. bytes: int32, UTF-8 bytes of the document's trained text. trained: int32, its tokens that are
-    targets. meta: rows, documents, tokens, bad_rows, dropped_rows, truncated_rows, the first bad and dropped by name.
+    targets. wanted: uint8, 1 where the document's answer is a good one (unpaired only, else None). meta: rows,
+    documents, tokens, bad_rows, dropped_rows, truncated_rows, the first bad and dropped by name.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class TokenShards:
     bytes: NDArray[np.int32]
     trained: NDArray[np.int32]
     meta: dict[str, Any]
+    wanted: NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:
         """Documents."""
@@ -71,6 +73,11 @@ class TokenShards:
         """Documents that belong together, side by side: the two of a pair, else 1."""
         return 2 if self.meta["kind"] == "preference" else 1
 
+    @property
+    def judged(self) -> bool:
+        """Whether the mask holds judgements, not what is trained."""
+        return self.meta["kind"] in JUDGED
+
     @classmethod
     def open(cls, path: Path) -> TokenShards | None:
         """The folder's arrays; None where there is none, or it is not whole."""
@@ -79,7 +86,7 @@ class TokenShards:
             columns = {name: np.memmap(path / f"{name}.bin", dtype, "r") for name, dtype in meta["columns"].items()}
         except (OSError, ValueError, KeyError):
             return None
-        sizes = {"offsets": meta["documents"] + 1, "bytes": meta["documents"], "trained": meta["documents"]}
+        sizes = dict.fromkeys(("bytes", "trained", "wanted"), meta["documents"]) | {"offsets": meta["documents"] + 1}
         if any(len(column) != sizes.get(name, meta["tokens"]) for name, column in columns.items()):
             return None
         plain: dict[str, Any] = {name: column.view(np.ndarray) for name, column in columns.items()}  # indexes faster
@@ -102,7 +109,9 @@ def tokenize_files(
     """Documents of files (anything that read_rows takes) as mapped arrays, in the files' order, tokenised once.
 
     kind: "text" (documents; a conversation becomes the document that it renders to), "chat" (conversations, cut to
-    max_len turn by turn) or "preference" (pairs, cut to max_len together), both with the mask of trained tokens.
+    max_len turn by turn), "preference" (pairs, cut to max_len together) or "unpaired" (judged answers, cut like chats),
+    all three with the mask of trained tokens; "stepwise" or "outcome" (solutions and answers), whose mask says 1 where
+    something wrong ends and 2 where something right does.
     workers: processes; default one a core; the result does not depend on it. on_bad: "raise" at the first bad row, or
     "count" them. progress: called with bytes done and in all.
     Safe to call in every rank at once: one builds, the others wait for it and map the same files.
@@ -262,6 +271,7 @@ def _write(folder: Path, encoded: Iterator[Encoded], kind: str, dtype: Any, on_b
     """Append chunk after chunk; returns meta. Raises UserError for what the counts do not allow."""
     columns: dict[str, Any] = {"tokens": dtype, "offsets": np.int64, "bytes": np.int32, "trained": np.int32}
     columns |= {"mask": np.uint8} if kind in MASKED else {}
+    columns |= {"wanted": np.uint8} if kind == "unpaired" else {}
     documents = tokens = truncated = context = 0
     bad, dropped = Faults(), Faults()
     with ExitStack() as stack:
@@ -276,6 +286,8 @@ def _write(folder: Path, encoded: Iterator[Encoded], kind: str, dtype: Any, on_b
             values = {"tokens": part.tokens, "offsets": offsets, "bytes": part.bytes, "trained": part.trained}
             if part.mask is not None:
                 values["mask"] = part.mask
+            if part.wanted is not None:
+                values["wanted"] = part.wanted
             for name, value in values.items():
                 streams[name].write(value.astype(columns[name], copy=False).tobytes())
             documents, tokens = documents + len(part.lengths), tokens + len(part.tokens)

@@ -17,7 +17,8 @@ def spread(module: nn.Module, world: World) -> nn.Module:
     """
     if world.size == 1:
         return module
-    return DistributedDataParallel(module, gradient_as_bucket_view=True)
+    # Buffers are a frozen base's (a quantised one lives in them): the same everywhere from the start.
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
 
 
 def without_sync(module: nn.Module, last: bool) -> AbstractContextManager:

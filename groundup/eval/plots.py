@@ -56,13 +56,13 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], path: str | Path) -> bo
     curves = {stage: rows for stage, rows in curves.items() if series(rows, "loss")[0]}
     if not curves:
         return False
-    figure = _figure(6.2 * len(curves), 3.8)
+    figure = new_figure(6.2 * len(curves), 3.8)
     for i, (stage, rows) in enumerate(curves.items()):
         axes = figure.add_subplot(1, len(curves), i + 1)
         steps, loss = series(rows, "loss")
         axes.plot(steps, loss, color=TRAIN, alpha=0.3, linewidth=1)
         axes.plot(steps, smooth(loss, max(3, len(loss) // 20)), color=TRAIN, linewidth=1.8, label="training loss")
-        _style(axes, stage, "optimizer steps", "loss (nats per token)")
+        style_axes(axes, stage, "optimizer steps", "loss (nats per token)")
         handles = axes.get_lines()[1:]
         steps, bits = series(rows, "bits_per_byte")
         if steps:
@@ -75,7 +75,7 @@ def draw_curves(curves: dict[str, list[dict[str, Any]]], path: str | Path) -> bo
             twin.spines[["top", "left", "right", "bottom"]].set_visible(False)
             handles += twin.get_lines()
         axes.legend(handles=handles, frameon=False, loc="upper right")
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
@@ -85,7 +85,7 @@ def draw_accuracy(stages: Sequence[dict[str, Any]], baseline: dict[str, Any], pa
     if not shown:
         return False
     groups = ([("baseline:\ncopy nearest", baseline)] if any(k in baseline for k in LANGUAGES) else []) + shown
-    figure = _figure(2.2 + 1.5 * len(groups), 3.8)
+    figure = new_figure(2.2 + 1.5 * len(groups), 3.8)
     axes = figure.add_subplot()
     for n, (key, (language, color)) in enumerate(LANGUAGES.items()):
         places = [i + (n - 0.5) * 0.36 for i, (_, m) in enumerate(groups) if m.get(key) is not None]
@@ -93,16 +93,16 @@ def draw_accuracy(stages: Sequence[dict[str, Any]], baseline: dict[str, Any], pa
         bars = axes.bar(places, heights, 0.34, color=color, label=language)
         axes.bar_label(bars, fmt="%.0f", padding=2, fontsize=9)
     axes.set_xticks(range(len(groups)), [name for name, _ in groups])
-    _style(axes, "Held-out questions answered exactly", "", "exact match (%)")
+    style_axes(axes, "Held-out questions answered exactly", "", "exact match (%)")
     axes.set_ylim(0, 112)
     axes.set_yticks(range(0, 101, 20))
     axes.tick_params(axis="x", length=0)
     axes.legend(frameon=False, loc="upper left")
-    _save(figure, path)
+    save_figure(figure, path)
     return True
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -111,7 +111,7 @@ def _figure(width: float, height: float) -> Figure:
     return figure
 
 
-def _style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
+def style_axes(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.set_title(title, loc="left", fontsize=12, fontweight="bold")
     axes.set_xlabel(xlabel)
     axes.set_ylabel(ylabel)
@@ -121,7 +121,7 @@ def _style(axes: Axes, title: str, xlabel: str, ylabel: str) -> None:
     axes.spines[["left", "bottom"]].set_color(GREY)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     image = io.BytesIO()
     figure.savefig(image, format="png")
     write_atomic(path, image.getvalue())

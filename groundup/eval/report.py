@@ -12,7 +12,16 @@ from typing import Any
 from groundup.eval.plots import draw_accuracy, draw_curves, read_metrics
 from groundup.files import write_atomic
 
-PERCENT = ("world_exact_zh", "world_exact_en", "identity_exact_zh", "identity_exact_en", "share_of_peak")
+PERCENT = (
+    "world_exact_zh",
+    "world_exact_en",
+    "identity_exact_zh",
+    "identity_exact_en",
+    "share_of_peak",
+    "answers_right",
+    "thinks",
+    "samples_right",
+)
 COMPARED = (
     "world_exact_zh",
     "world_exact_en",
@@ -20,9 +29,17 @@ COMPARED = (
     "identity_exact_en",
     "text_bits_per_byte",
     "chat_bits_per_byte",
+    "answers_right",
+    "thinks",
+    "answer_tokens",
 )  # the same questions and texts after every stage
-SUMMARY = ("world_exact_zh", "world_exact_en", "bits_per_byte")
+SUMMARY = ("answers_right", "world_exact_zh", "world_exact_en", "bits_per_byte")
 COLUMNS = {  # metric: heading
+    "answers_right": "right answers",
+    "thinks": "thinks first",
+    "answer_tokens": "tokens an answer",
+    "samples_right": "samples right",
+    "rows_kept": "rows kept",
     "world_exact_zh": "exact match, Chinese",
     "world_exact_en": "exact match, English",
     "identity_exact_zh": "who are you, Chinese",
@@ -73,10 +90,11 @@ def _finite(value: Any) -> Any:
 
 def render(report: dict[str, Any]) -> str:
     """The Markdown page of a report."""
-    parts = [f"# {report.get('title', 'Report')}", _summary(report)]
-    parts += ["## Stages 各阶段", _stage_table(report["stages"], report.get("baseline") or {})]
+    stages = report["stages"]
+    parts = [f"# {report.get('title', 'Report')}", _summary(report, stages)]
+    parts += ["## Stages 各阶段", _stage_table(stages, report.get("baseline") or {})]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in report["plots"]]
-    if kinds := report["stages"][-1]["metrics"].get("kinds") if report["stages"] else None:
+    if kinds := stages[-1]["metrics"].get("kinds") if stages else None:
         parts += ["## Exact match by kind 各类问题", _kind_table(kinds)]
     if report.get("samples"):
         rows = [[s["question"], s["answer"], s.get("expected", ""), _mark(s)] for s in report["samples"]]
@@ -92,8 +110,8 @@ def render(report: dict[str, Any]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _summary(report: dict[str, Any]) -> str:
-    last = report["stages"][-1]["metrics"] if report["stages"] else {}
+def _summary(report: dict[str, Any], stages: Sequence[dict[str, Any]]) -> str:
+    last = stages[-1]["metrics"] if stages else {}
     figures = [f"{COLUMNS[key]} {_metric(key, last[key])}" for key in SUMMARY if last.get(key) is not None]
     ended = f" It ended at: {', '.join(figures)}." if figures else ""
     return f"Written {report['written']}. All stages together took {_seconds(report['seconds'])}.{ended}"

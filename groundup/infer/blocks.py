@@ -104,6 +104,11 @@ class BlockManager:
         self._named[key], self._key_of[block] = (block, name), key
         return name
 
+    def forget(self) -> None:
+        """Nothing that was computed before is found again."""
+        self._named.clear()
+        self._key_of.clear()
+
     def match(self, ids: Sequence[int], root: Hashable) -> tuple[list[int], list[Hashable]]:
         """The blocks that hold the beginning of ids, the prefix's first, and names of the full ones; refers to them.
         The last token is left to be computed: its logits are wanted. root: who may share (an adapter, a tenant)."""

@@ -129,6 +129,13 @@ class Engine:
         """Let requests name this LoRA adapter, a folder as PEFT saves it. UserError where it does not fit."""
         self.runner.load_adapter(name, path)
 
+    def forget(self) -> None:
+        """The model's parameters have new values: answer with those, and use nothing that was computed before."""
+        if self.scheduler.waiting or self.scheduler.running:
+            raise RuntimeError("forget() while requests are being answered")
+        self.blocks.forget()
+        self.runner.refresh(self.blocks.prefix_blocks)
+
     @property
     def has_work(self) -> bool:
         return bool(self.scheduler.waiting or self.scheduler.running or self._held)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from groundup.errors import UserError
 
@@ -30,6 +30,7 @@ class Grammar:
             raise UserError(self.where, f"{self.kind!r} is unknown", f"one of {', '.join(GRAMMAR_KINDS)}")
 
 
+LOGPROBS_MODES = ("raw_logprobs", "processed_logprobs")  # as vLLM calls them
 GRAMMAR_KINDS = ("json_object", "json_schema", "regex", "lark")
 
 
@@ -47,7 +48,9 @@ class SamplingParams:
     stop: strings that end the answer and are left out of it. stop_token_ids: ids that end it, beside the tokenizer's.
     ignore_eos: go on past the tokenizer's stop tokens (for measuring).
     n: answers to this prompt. logprobs: None is off, 0 tells the chosen token's, k also those of the k likeliest;
-    prompt_logprobs: the same for the prompt. grammar: what the answer must look like.
+    prompt_logprobs: the same for the prompt. logprobs_mode: of the model's own distribution (raw_logprobs), or of the
+    one that the token was drawn from, after temperature, penalties and cuts (processed_logprobs: the chosen token's
+    alone). grammar: what the answer must look like.
     Raises UserError, which names the field, on a value of a wrong type or out of its range.
     """
 
@@ -67,6 +70,7 @@ class SamplingParams:
     n: int = 1
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    logprobs_mode: Literal["raw_logprobs", "processed_logprobs"] = "raw_logprobs"
     grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
@@ -90,7 +94,8 @@ class SamplingParams:
 class TokenLogprob:
     """How likely one token was: natural logarithms of the model's own distribution, log softmax of its raw logits.
 
-    So temperature, cuts, penalties and grammar do not change it. top: (id, logprob) of the likeliest, likeliest first.
+    So temperature, cuts, penalties and grammar do not change it, unless logprobs_mode asks for that. top: (id, logprob)
+    of the likeliest, likeliest first.
     """
 
     id: int
@@ -179,5 +184,6 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "n": (_whole(1), "a whole number, 1 or more"),
     "logprobs": (_none_or(_whole(0)), "a whole number, 0 or more"),
     "prompt_logprobs": (_none_or(_whole(0)), "a whole number, 0 or more"),
+    "logprobs_mode": (lambda value: value in LOGPROBS_MODES, f"one of {', '.join(LOGPROBS_MODES)}"),
     "grammar": (_none_or(lambda value: isinstance(value, Grammar)), "a Grammar"),
 }

@@ -30,7 +30,7 @@ class Runner:
 
     def __init__(self, model: Transformer, num_blocks: int, block_size: int, quantize: str | None = None) -> None:
         weight = model.head_weight
-        self.model, self.device = model, weight.device
+        self.model, self.device, self.quantize = model, weight.device, quantize
         scratch = num_blocks  # one block more, for recorded steps to write nothing to
         foreign = isinstance(model, Foreign)
         self.cached = not foreign or model.servable
@@ -68,6 +68,16 @@ class Runner:
         """From now on every sequence begins with this prefix, in these blocks."""
         write_prefix(self.cache, blocks, prefix)
         self.prefix = prefix_length(prefix)
+
+    @torch.no_grad()
+    def refresh(self, prefix_blocks: Ids[int]) -> None:
+        """Take over new values of the parameters. The blocks read them where they are; a head may be made of several
+        tensors (adapted, or with a bias), and a soft prompt lies in the cache."""
+        if self.quantize:
+            raise UserError("quantize", "a quantised model does not follow its parameters", "leave it out")
+        self._head = product(self.model.head_weight.detach(), None, None)
+        if self.model.soft_prefix:
+            self.hold(self.model.soft_prefix, prefix_blocks)
 
     def load_adapter(self, name: str, path: str | Path) -> None:
         """Let requests name this LoRA adapter. UserError where it does not fit the model."""

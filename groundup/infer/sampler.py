@@ -6,7 +6,8 @@ From logits to a token, in transformers' order:
            -> temperature -> top_k -> top_p -> min_p -> softmax -> one draw
 
 A row goes through as a vector of V values, never as part of a batch, which makes its result the same bits beside any
-neighbours. Rows that take the plain argmax, most of them in practice, share one maximum over the batch.
+neighbours. Rows that take the plain argmax, most of them in practice, share one maximum over the batch; those that draw
+from the whole distribution (rollouts) share operators that go along each row by itself.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from groundup.infer.grammar import GrammarCompiler, Matcher
 
 NO_TOKEN = -1  # what a row gets whose logits are no numbers
+SLAB = 1 << 22  # numbers of a batch of distributions that are drawn from together
 
 
 class SamplingState:
@@ -74,6 +76,14 @@ class SamplingState:
         """Whether logits are used as the model gives them, and only their largest counts."""
         changed = self._seen_V is not None or self._counts_V is not None or len(self._bias) > 0
         return self.params.greedy and not changed and self._matcher is None
+
+    @property
+    def free(self) -> bool:
+        """Whether a token is drawn from all of the model's distribution at some temperature, as rollouts want it."""
+        params = self.params
+        changed = self._seen_V is not None or self._counts_V is not None or len(self._bias) > 0
+        cut = params.top_k > 0 or params.top_p < 1 or params.min_p > 0
+        return not (params.greedy or changed or cut or self._matcher is not None)
 
     @property
     def grammar_done(self) -> bool:
@@ -124,13 +134,22 @@ def sample(logits_BV: Tensor, states: Sequence[SamplingState]) -> tuple[list[int
     # Three times as fast as argmax; the first of equals, and a nan if there is one.
     largest_B, best_B = logits_BV.max(-1)
     finite = largest_B.isfinite().tolist()
+    own: dict[int, float] = {}  # logprobs of the distributions that were drawn from
+    free = [row for row, state in enumerate(states) if finite[row] and state.free]
+    if free:
+        best_B[free], drawn = _draw_free(logits_BV, free, states)
+        own.update(zip(free, drawn, strict=True))
     for row, state in enumerate(states):
-        if finite[row] and not state.plain:
-            best_B[row] = _choose(logits_BV[row], state)
+        if finite[row] and not state.plain and row not in own:
+            best_B[row], own[row] = _choose(logits_BV[row], state)
     ids = [token if fine else NO_TOKEN for token, fine in zip(best_B.tolist(), finite, strict=True)]
     logprobs: list[TokenLogprob | None] = [None] * len(ids)
     for row, (token, state) in enumerate(zip(ids, states, strict=True)):
-        if state.params.logprobs is not None and token != NO_TOKEN:
+        if state.params.logprobs is None or token == NO_TOKEN:
+            continue
+        if state.params.logprobs_mode == "processed_logprobs":
+            logprobs[row] = TokenLogprob(token, own.get(row, 0.0))  # 0: greedy, all on one token
+        else:
             logprobs[row] = token_logprob(logits_BV[row], token, state.params.logprobs)
     return ids, logprobs
 
@@ -203,16 +222,35 @@ def nucleus_floor(probs_K: Tensor, top_p: float) -> Tensor:
     return falling[(before < top_p).sum() - 1]
 
 
-def _choose(logits_V: Tensor, state: SamplingState) -> Tensor:
-    """The row's token id, a tensor of no dimensions."""
+def _choose(logits_V: Tensor, state: SamplingState) -> tuple[Tensor, float]:
+    """The row's token id, a tensor of no dimensions, and its logprob where one was drawn."""
     scores_V = state.scores(logits_V)
     if state.params.greedy:
-        return scores_V.max(-1).indices
+        return scores_V.max(-1).indices, 0.0
     ids_K, probs_K = kept(scores_V, state.params)
     # Inverse CDF: the first place whose cumulative probability exceeds u, so a probability of 0 is never chosen. The
     # product is below the sum for every u < 1, in rounded arithmetic too.
     cumulative_K = probs_K.cumsum(0, dtype=torch.float64)
-    return ids_K[torch.searchsorted(cumulative_K, state.draw() * cumulative_K[-1], right=True)]
+    place = torch.searchsorted(cumulative_K, state.draw() * cumulative_K[-1], right=True)
+    asked = state.params.logprobs is not None and state.params.logprobs_mode == "processed_logprobs"
+    return ids_K[place], float(probs_K[place].log()) if asked else 0.0
+
+
+def _draw_free(logits_BV: Tensor, rows: Sequence[int], states: Sequence[SamplingState]) -> tuple[Tensor, list[float]]:
+    """_choose for all rows that are free, a slab of them at a time: ids (R) and logprobs (R). The same tokens: softmax
+    and cumsum go along each row by itself."""
+    ids_R, logprobs = torch.empty(len(rows), dtype=torch.int64, device=logits_BV.device), []
+    slab = max(1, SLAB // logits_BV.shape[1])
+    for begin in range(0, len(rows), slab):
+        here = [states[row] for row in rows[begin : begin + slab]]
+        temperatures_S1 = torch.tensor([[float(state.params.temperature)] for state in here], device=logits_BV.device)
+        draws_S1 = torch.tensor([[state.draw()] for state in here], dtype=torch.float64, device=logits_BV.device)
+        probs_SV = (logits_BV[rows[begin : begin + slab]].float() / temperatures_S1).softmax(-1)
+        cumulative_SV = probs_SV.cumsum(-1, dtype=torch.float64)
+        ids_S1 = torch.searchsorted(cumulative_SV, draws_S1 * cumulative_SV[:, -1:], right=True)
+        ids_R[begin : begin + slab] = ids_S1[:, 0]
+        logprobs += probs_SV.gather(1, ids_S1)[:, 0].log().tolist()
+    return ids_R, logprobs
 
 
 def _falling(values_K: Tensor) -> Tensor:

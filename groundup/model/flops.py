@@ -37,7 +37,7 @@ class Flops:
             passed = 4 if depth >= lowest else 2
             flops.per_token += passed * _weights(block, config) + (6 if depth >= lowest else 2) * attention
             flops.per_token += 2 * _weights(block, config, moving_only=True)
-        head_size = config.vocab_size * head.shape[1]
+        head_size = head.numel()
         flops.per_label = head_size * (2 + (2 if lowest < len(blocks) else 0) + (2 if head.requires_grad else 0))
         return flops
 
@@ -49,7 +49,7 @@ def lowest_moving(model: Any) -> int:
     """The first block to which gradients go back; as many as there are, where nothing but the head moves."""
     blocks = list(model.blocks)
     inside = {id(p) for block in blocks for p in block.parameters()}
-    head = next((m.weight for n, m in model.named_modules() if n.endswith(("lm_head", "embed_out"))), None)
+    head = next((m.weight for n, m in model.named_modules() if n.endswith(("lm_head", "embed_out", "score"))), None)
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     for p in model.parameters():  # norms aside, what is no block and no head comes before the first block
         if p.requires_grad and p.ndim > 1 and id(p) not in inside and (p is not head or id(p) in embeddings):

@@ -72,10 +72,11 @@ class Foreign(nn.Module):
         position_ids_BT: torch.Tensor | None = None,
         doc_ids_BT: torch.Tensor | None = None,
         cache: Cache | None = None,
+        seen: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """What the head multiplies, [B, T, D]. Arguments as Transformer.hidden; positions start anew with each
-        document where none are given."""
-        return self._through({"input_ids": input_ids_BT}, position_ids_BT, doc_ids_BT, cache)
+        document where none are given. seen: transformers' hidden states, the last of them normalised mostly."""
+        return self._through({"input_ids": input_ids_BT}, position_ids_BT, doc_ids_BT, cache, seen)
 
     def run(
         self,
@@ -108,17 +109,18 @@ class Foreign(nn.Module):
         position_ids_BT: torch.Tensor | None,
         doc_ids_BT: torch.Tensor | None,
         cache: Cache | None,
+        seen: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         if cache is not None:
             return self._cached(given, position_ids_BT, cache)
         if doc_ids_BT is None:
-            return self._for_head(self._decode(given, position_ids_BT))
+            return self._for_head(self._decode(given, position_ids_BT, seen))
         if position_ids_BT is None:
             position_ids_BT = restarting(doc_ids_BT)
         if self.packing == "apart":
             return self._for_head(apart(self._decode, given, position_ids_BT, doc_ids_BT))
         mask = self._mask(doc_ids_BT, next(iter(given.values()))) if self.packing == "mask" else None
-        return self._for_head(self._decode(given, position_ids_BT, attention_mask=mask))
+        return self._for_head(self._decode(given, position_ids_BT, seen, attention_mask=mask))
 
     def _mask(self, doc_ids_BT: torch.Tensor, given: torch.Tensor) -> torch.Tensor:
         """Who sees whom, [B, 1, T, T]: booleans, or for plain attention in Python what is added to its scores."""
@@ -140,11 +142,19 @@ class Foreign(nn.Module):
         return self._for_head(hidden_BTD)
 
     def _decode(
-        self, given: dict[str, torch.Tensor], position_ids_BT: torch.Tensor | None, **more: Any
+        self,
+        given: dict[str, torch.Tensor],
+        position_ids_BT: torch.Tensor | None,
+        seen: list[torch.Tensor] | None = None,
+        **more: Any,
     ) -> torch.Tensor:
         if position_ids_BT is not None and self._takes_positions:
             more["position_ids"] = position_ids_BT
+        if seen is not None:
+            more["output_hidden_states"] = True
         out = self.decoder(**given, use_cache=False, **more)
+        if seen is not None:
+            seen += out.hidden_states
         return out[0]
 
     def _for_head(self, hidden_BTD: torch.Tensor) -> torch.Tensor:

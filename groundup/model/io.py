@@ -42,6 +42,12 @@ def read_config(directory: str | Path) -> ModelConfig | ForeignConfig:
         return ForeignConfig.from_dir(directory)
 
 
+def is_scorer(directory: str | Path) -> bool:
+    """Whether a folder's model scores answers (a reward model; scored.py) and writes none."""
+    names = read_json(directory).get("architectures") or []
+    return any(str(name).endswith("ForSequenceClassification") for name in names)
+
+
 def load_model(
     directory: str | Path, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> Transformer:
@@ -53,17 +59,20 @@ def load_model(
     """
     directory, device = Path(directory), torch.device(device)
     config = read_config(directory)
+    if is_scorer(directory):
+        fix = "name a model that writes; this one is for the reward of a recipe, --verifier, and groundup serve"
+        raise UserError(directory, "holds a reward model: it scores answers and writes none", fix)
     if isinstance(config, ForeignConfig):
-        _weight_files(directory)
+        weight_files(directory)
         return cast(Transformer, load_foreign(directory, device, dtype))
-    model = _empty(config)
+    model = empty(config)
     wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
     tensors: dict[str, torch.Tensor] = {}
-    for path in _weight_files(directory):
-        tensors.update(_read(path, wanted, device, dtype))
+    for path in weight_files(directory):
+        tensors.update(read_tensors(path, wanted, device, dtype))
     settled = _settle_head(config, tensors)
     if settled is not config:
-        model = _empty(settled)
+        model = empty(settled)
     missing = sorted(dict(model.named_parameters()).keys() - tensors.keys())
     if missing:
         raise UserError(directory, f"{len(missing)} tensors are missing, first {missing[0]}", "fetch the model again")
@@ -73,7 +82,7 @@ def load_model(
 
 def describe(model: nn.Module) -> str:
     """Which way was taken, in a line: "opt: computed by transformers"."""
-    config = cast(Any, model.config)
+    config, model = cast(Any, model.config), getattr(model, "trunk", model)
     if isinstance(model, Foreign):
         return "; ".join([f"{config.model_type}: computed by transformers", *model.notes])
     return f"{config.model_type}: computed by groundup"
@@ -91,7 +100,7 @@ def _settle_head(config: ModelConfig, tensors: dict[str, torch.Tensor]) -> Model
     return config
 
 
-def _empty(config: ModelConfig) -> Transformer:
+def empty(config: ModelConfig) -> Transformer:
     """A model without memory, to be given its tensors.
 
     Without the layers' own initialisation: on meta tensors it does nothing, and loads 80 MB of Python to do so.
@@ -120,17 +129,17 @@ def save_model(model: Transformer, directory: str | Path) -> None:
     except OSError as error:
         raise explain(error, directory) from error
     if isinstance(model, Foreign):
-        _save_foreign(model, directory)
+        save_stock(model.inner, directory)
         return
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     config = model.config.to_hf_dict(dtype=str(model.head_weight.dtype).removeprefix("torch."))
     ends = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    _replace_weights(directory / WEIGHTS, state)
+    replace_weights(directory / WEIGHTS, state)
     write_json(directory / "config.json", config)
     write_json(directory / "generation_config.json", {"_from_model_config": True, **ends})
 
 
-def _replace_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
+def replace_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
     """Write beside `path`, flush to disk, rename: a reader, or a run killed at any instant, finds old or new, whole."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -141,12 +150,12 @@ def _replace_weights(path: Path, state: dict[str, torch.Tensor]) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def _save_foreign(model: Foreign, directory: Path) -> None:
-    """transformers' own files, the weights in one of them, each put in its place whole."""
+def save_stock(inner: Any, directory: Path) -> None:
+    """The files of a model of transformers', the weights in one of them, each put in its place whole."""
     temporary = directory / f".model.{os.getpid()}.tmp"
     try:
         with _explained(directory / WEIGHTS), quiet():
-            model.inner.save_pretrained(temporary, max_shard_size=10**18)
+            inner.save_pretrained(temporary, max_shard_size=10**18)
             for file in sorted(temporary.iterdir(), key=lambda file: file.name != WEIGHTS):
                 _put(file, directory / file.name)
     finally:
@@ -183,7 +192,7 @@ def _refuse_pickles(directory: Path) -> None:
         raise UserError(source, why, f"make safetensors of them: groundup convert {source} --output NEW")
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     """The safetensors of a folder: one, or those that its index names."""
     if (directory / WEIGHTS).is_file():
         return [directory / WEIGHTS]
@@ -200,7 +209,7 @@ def _weight_files(directory: Path) -> list[Path]:
     return [directory / name for name in names]
 
 
-def _read(
+def read_tensors(
     path: Path, wanted: dict[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype | None
 ) -> dict[str, torch.Tensor]:
     """The wanted tensors of one file, checked against the model's shapes and moved one at a time.

@@ -21,11 +21,12 @@ PRESETS: dict[str, tuple[int, int, int, int, int, int]] = {
 
 
 def preset(name: str, vocab_size: int = 6400) -> ModelConfig:
-    """The config of a named size, or of `depth-N` (see scaled). UserError for an unknown name."""
-    if match := re.fullmatch(r"depth-(\d+)", name):
-        return scaled(int(match[1]), vocab_size)
+    """The config of a named size, of `depth-N` or `depth-N-width-W` (see scaled). UserError for an unknown name."""
+    if match := re.fullmatch(r"depth-(\d+)(?:-width-(\d+))?", name):
+        return scaled(int(match[1]), vocab_size, int(match[2]) if match[2] else None)
     if name not in PRESETS:
-        raise UserError(f"model={name}", "no such preset", f"one of {', '.join(PRESETS)}, depth-N, or a model folder")
+        known = f"one of {', '.join(PRESETS)}, depth-N, depth-N-width-W, or a model folder"
+        raise UserError(f"model={name}", "no such preset", known)
     width, layers, heads, kv_heads, head_dim, ffn = PRESETS[name]
     return ModelConfig(
         vocab_size=vocab_size,
@@ -38,15 +39,18 @@ def preset(name: str, vocab_size: int = 6400) -> ModelConfig:
     )
 
 
-def scaled(depth: int, vocab_size: int = 6400) -> ModelConfig:
+def scaled(depth: int, vocab_size: int = 6400, width: int | None = None) -> ModelConfig:
     """One dial: `depth` layers, 64 units of width a layer (aspect ratio as in nanochat), the rest derived.
 
     2 -> 128 wide, 4 -> 256, 8 -> 512, 12 -> 768. The ffn is 8/3 of the width (SwiGLU has three matrices where a
     plain ffn of 4 x width has two), rounded up to a multiple of 64; half as many kv heads as heads where they divide.
+    width: another one, for slim students.
     """
     if depth < 1:
         raise UserError(f"depth={depth}", "a model has at least one layer", "choose 1 or more")
-    width = 64 * max(depth, 2)
+    width = 64 * max(depth, 2) if width is None else width
+    if width < 32:
+        raise UserError(f"width={width}", "a head is 32 wide", "choose 32 or more")
     head_dim = 32 if width <= 256 else 64  # slim models want heads more than they want them wide
     heads = width // head_dim
     group = next((size for size in (2, 3) if heads % size == 0), 1)

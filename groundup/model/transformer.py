@@ -58,16 +58,18 @@ class Transformer(nn.Module):
         position_ids_BT: torch.Tensor | None = None,
         doc_ids_BT: torch.Tensor | None = None,
         cache: Cache | None = None,
+        seen: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Hidden states after the last norm, [B, T, D]: feed them with `head_weight` to linear_cross_entropy.
 
         doc_ids_BT: packed rows; tokens of different documents do not see each other. cache: these T tokens come
-        after those that it holds, the soft prefix among them, and are appended to it.
+        after those that it holds, the soft prefix among them, and are appended to it. seen: is given what went into
+        each layer, and what came out of the last.
         """
         if self.soft_prefix is not None and cache is None:
             cache = Prefixed(self.soft_prefix, input_ids_BT, position_ids_BT, doc_ids_BT)
             position_ids_BT = doc_ids_BT = None
-        return self.run(self.model.embed_tokens(input_ids_BT), position_ids_BT, doc_ids_BT, cache)
+        return self.run(self.model.embed_tokens(input_ids_BT), position_ids_BT, doc_ids_BT, cache, seen)
 
     def run(
         self,
@@ -75,11 +77,16 @@ class Transformer(nn.Module):
         position_ids_BT: torch.Tensor | None = None,
         doc_ids_BT: torch.Tensor | None = None,
         cache: Cache | None = None,
+        seen: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """`hidden`, from embeddings: those of tokens, or learnt ones."""
         rows = self._rows(x_BTD, position_ids_BT, doc_ids_BT, cache)
         for block in self.blocks:
+            if seen is not None:
+                seen.append(x_BTD)
             x_BTD = block(x_BTD, rows)
+        if seen is not None:
+            seen.append(x_BTD)
         if cache is not None:
             cache.advance(x_BTD.shape[1])
         return self.model.norm(x_BTD)

@@ -1,4 +1,4 @@
-"""The output head and its cross entropy, a chunk of tokens at a time.
+"""The output head with its cross entropy, log probabilities and entropy, a chunk of tokens at a time.
 
 Logits are the largest tensor of a small model (tokens x vocabulary). Here no more than one chunk of them exists: its
 softmax is turned in place into the gradient of the logits, multiplied out into the gradients of hidden states and
@@ -60,11 +60,54 @@ def selective_logprobs(
 
     Keeps no logits: the backward pass computes each chunk of them once more.
     """
-    flat_ND, flat_N = hidden_ND.reshape(-1, hidden_ND.shape[-1]), labels_N.reshape(-1)
-    logprobs_N = _SelectiveLogprobs.apply(
-        flat_ND, weight_VD, flat_N, chunk or default_chunk(weight_VD), temperature, _product_dtype(hidden_ND)
+    return _selective(hidden_ND, weight_VD, labels_N, chunk, temperature, "")[0]
+
+
+def selective_logprobs_and_entropy(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    chunk: int | None = None,
+    temperature: float = 1.0,
+    entropy_grad: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(selective_logprobs, entropy in nats of the same softmax, 0 where the label is -100), from the same logits.
+
+    entropy_grad: whether the entropy has a gradient too, for an entropy bonus.
+    """
+    return _selective(hidden_ND, weight_VD, labels_N, chunk, temperature, "trained" if entropy_grad else "told")
+
+
+def entropy(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    chunk: int | None = None,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Entropy in nats of softmax(hidden @ weight^T / temperature), fp32; 0 where the label is -100. No gradient."""
+    with torch.no_grad():
+        return selective_logprobs_and_entropy(hidden_ND, weight_VD, labels_N, chunk, temperature)[1]
+
+
+def _selective(
+    hidden_ND: torch.Tensor,
+    weight_VD: torch.Tensor,
+    labels_N: torch.Tensor,
+    chunk: int | None,
+    temperature: float,
+    entropy: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    logprobs_N, entropy_N = _SelectiveLogprobs.apply(
+        hidden_ND.reshape(-1, hidden_ND.shape[-1]),
+        weight_VD,
+        labels_N.reshape(-1),
+        chunk or default_chunk(weight_VD),
+        temperature,
+        _product_dtype(hidden_ND),
+        entropy,
     )
-    return logprobs_N.view(labels_N.shape)
+    return logprobs_N.view(labels_N.shape), entropy_N.view(labels_N.shape if entropy else 0)
 
 
 def default_chunk(weight_VD: torch.Tensor) -> int:
@@ -118,6 +161,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _SelectiveLogprobs(torch.autograd.Function):
+    """Log probabilities and entropies. entropy: "" (none), "told" (no gradient), "trained"."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -127,33 +172,46 @@ class _SelectiveLogprobs(torch.autograd.Function):
         chunk: int,
         temperature: float,
         dtype: torch.dtype,
-    ) -> torch.Tensor:
+        entropy: str,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         kept_M = (labels_N != IGNORE).nonzero().squeeze(1)
         logprobs_M = hidden_ND.new_empty(len(kept_M), dtype=torch.float32)
+        entropy_M = torch.empty_like(logprobs_M) if entropy else logprobs_M.new_empty(0)
         hidden_MD, head_VD = _take(hidden_ND, kept_M).to(dtype), weight_VD.to(dtype)
-        for rows, logprobs_C1, _ in _chunks(hidden_MD, head_VD, labels_N[kept_M], chunk, temperature):
+        for rows, logprobs_C1, probs_CV in _chunks(hidden_MD, head_VD, labels_N[kept_M], chunk, temperature):
             logprobs_M[rows] = logprobs_C1.squeeze(1)
+            if entropy:
+                entropy_M[rows] = torch.special.entr(probs_CV, out=probs_CV).sum(1)
         ctx.save_for_backward(hidden_ND, weight_VD, labels_N, kept_M)
-        ctx.settings = chunk, temperature, dtype
-        return _put(logprobs_M, kept_M, len(labels_N))
+        ctx.settings = chunk, temperature, dtype, entropy == "trained"
+        entropy_N = _put(entropy_M, kept_M, len(labels_N)) if entropy else entropy_M
+        if entropy != "trained":
+            ctx.mark_non_differentiable(entropy_N)
+        return _put(logprobs_M, kept_M, len(labels_N)), entropy_N
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: torch.Tensor) -> Any:
+    def backward(ctx: Any, grad_N: torch.Tensor, grad_entropy_N: torch.Tensor) -> Any:
         hidden_ND, weight_VD, labels_N, kept_M = ctx.saved_tensors
-        chunk, temperature, dtype = ctx.settings
+        chunk, temperature, dtype, with_entropy = ctx.settings
         hidden_MD, head_VD = _take(hidden_ND, kept_M).to(dtype), weight_VD.to(dtype)
         need_weight = ctx.needs_input_grad[1]  # a frozen head costs nothing
         grad_MD = torch.empty_like(hidden_MD)
         grad_DV = hidden_ND.new_zeros(weight_VD.shape[::-1], dtype=torch.float32) if need_weight else None
         for rows, _, probs_CV in _chunks(hidden_MD, head_VD, labels_N[kept_M], chunk, temperature):
             factors_C1 = grad_N[kept_M[rows], None] / -temperature
-            slopes_CV = _minus_one_hot_(probs_CV, labels_N[kept_M[rows]]).mul_(factors_C1).to(dtype)
+            if with_entropy:  # d entropy / d logit = -p log p - p * entropy
+                entropies_CV, slopes_C1 = torch.special.entr(probs_CV), grad_entropy_N[kept_M[rows], None] / temperature
+                entropies_CV -= probs_CV * entropies_CV.sum(1, keepdim=True)
+                entropies_CV *= slopes_C1
+            slopes_CV = _minus_one_hot_(probs_CV, labels_N[kept_M[rows]]).mul_(factors_C1)
+            slopes_CV = (slopes_CV.add_(entropies_CV) if with_entropy else slopes_CV).to(dtype)
             torch.mm(slopes_CV, head_VD, out=grad_MD[rows])
             if grad_DV is not None:
                 _accumulate_(grad_DV, hidden_MD[rows], slopes_CV)
         grad_hidden = _put(grad_MD.to(hidden_ND.dtype), kept_M, len(labels_N))
-        return grad_hidden, None if grad_DV is None else grad_DV.to(weight_VD.dtype).T, None, None, None, None
+        grad_weight = None if grad_DV is None else grad_DV.to(weight_VD.dtype).T
+        return grad_hidden, grad_weight, None, None, None, None, None
 
 
 def _chunks(

@@ -29,7 +29,7 @@ MARGIN = {"cpu": 1.4, "cuda": 1.1, "mps": 1.2}
 
 
 def estimate(config: ModelConfig | ForeignConfig, recipe: Recipe, device: torch.device | str = "cpu") -> dict[str, int]:
-    """Bytes of one training step: weights, gradients, optimizer, ema, activations, logits, and total (the peak).
+    """Bytes of one training step: weights, gradients, optimizer, ema, reference, activations, logits, total (the peak).
 
     Gradients, optimizer and ema are those of what moves (recipe.adapt); frozen matrices are counted as they are kept.
     Rows are taken to hold one document each, which is the most that attention can keep; packed short ones keep less.
@@ -57,21 +57,28 @@ def estimate(config: ModelConfig | ForeignConfig, recipe: Recipe, device: torch.
     chunk = min(tokens, default_chunk(torch.empty(config.vocab_size, 0, device=device)))
     head_weight: torch.Tensor = model.head_weight
     head = 4 * head_weight.numel() if head_weight.requires_grad else 0
+    logits = 16 if half else 4 if device.type == "cpu" else 12
+    logits += 16 if recipe.stage == "distill" else 0  # the teacher's, both softmaxes, their ratio
     parts = {
         "weights": weights,
         "gradients": moving,
         "optimizer": 4 * numbers["muon"] + 8 * (numbers["decay"] + numbers["plain"]),
         "ema": moving if train.ema else 0,
+        "reference": _reference_bytes(model, recipe, half),
         "activations": trunk + depth * (inputs if recomputed else layer),
         # logits, turned in place into their gradient on a CPU, else with softmax and a copy; the gradients of hidden
         # states and head, the head's once more as it grows
-        "logits": (16 if half else 4 if device.type == "cpu" else 12) * chunk * config.vocab_size + inputs + 2 * head,
+        "logits": logits * chunk * config.vocab_size + inputs + 2 * head,
     }
+    if recipe.stage == "ppo" and recipe.rl.value_model != "shared":  # a second model learns beside the policy
+        parts |= {name: 2 * parts[name] for name in ("gradients", "optimizer", "ema", "activations")}
+        parts["weights"], moving = weights + moving, 2 * moving
     kept = moving if train.accumulate > 1 else 0  # gradients of the passes before
     # Going back through a layer, the gradients of gate, up and their product are the widest to stand beside it.
     working = recomputed + 12 * tokens * config.intermediate_size + head
     passing = max(parts["activations"] + kept + max(parts["logits"], working), moving + layer)
-    return parts | {"total": parts["weights"] + parts["optimizer"] + parts["ema"] + passing}
+    standing = sum(parts[part] for part in ("weights", "optimizer", "ema", "reference"))
+    return parts | {"total": standing + passing}
 
 
 def _model(config: ModelConfig | ForeignConfig, device: torch.device | str) -> Any:
@@ -113,6 +120,38 @@ def _weight_bytes(model: Any, settings: AdaptConfig, half: bool) -> int:
             each = {"full": 2.0 if half else 4.0, "nf4": 0.5 + scales, "int8": int8}[settings.base]
             total -= round((4 - each) * layer.weight.numel())
     return total
+
+
+def _reference_bytes(model: Any, recipe: Recipe, half: bool) -> int:
+    """Of a frozen copy of what moves (train/reference.py): fp32, the blocks' matrices in the type of products. Of a
+    teacher that runs beside (train/distill.py): all of it."""
+    from torch import nn
+
+    if recipe.stage == "distill":
+        return _teacher_bytes(recipe, half)
+    adapted = recipe.adapt.method not in ("full", "freeze")
+    if recipe.stage in ("ppo", "grpo"):
+        copied = recipe.rl.at(recipe.stage).beta and not adapted
+    else:
+        copied = recipe.stage == "preference" and recipe.preference.kept(recipe.adapt.method) == "copy"
+    if not copied:
+        return 0
+    total = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad)
+    moving = [m.weight for m in model.blocks.modules() if type(m) is nn.Linear and m.weight.requires_grad]
+    return total - (2 * sum(weight.numel() for weight in moving) if half else 0)
+
+
+def _teacher_bytes(recipe: Recipe, half: bool) -> int:
+    from groundup.model.config import num_parameters
+    from groundup.model.hub import resolve
+    from groundup.model.io import read_config
+
+    if recipe.distill.teacher is None or recipe.distill.top_k:
+        return 0
+    folder = resolve(recipe.distill.teacher)
+    files = sum(file.stat().st_size for file in folder.glob("*.safetensors"))  # of an adapter: what is known of it
+    whole = (folder / "config.json").is_file()
+    return (2 if half else 4) * num_parameters(read_config(folder)) if whole else files
 
 
 class _Curve:
@@ -290,7 +329,7 @@ def _taken(needs: dict[str, int], device: torch.device) -> int:
 
 
 def _fixed(needs: dict[str, int]) -> int:
-    return sum(needs[part] for part in ("weights", "gradients", "optimizer", "ema"))
+    return sum(needs[part] for part in ("weights", "gradients", "optimizer", "ema", "reference"))
 
 
 def _size(count: float) -> str:

@@ -50,11 +50,19 @@ def quickstart(
     return _run(steps, corpus, settings)
 
 
-class Journal:
-    """quickstart.json: what was asked, and each finished step's result."""
+Differs = Callable[[Path, dict[str, Any], dict[str, Any]], UserError]
 
-    def __init__(self, output: Path, settings: dict[str, Any]) -> None:
-        self.output, self.path = output, output / "quickstart.json"
+
+class Journal:
+    """quickstart.json: what was asked, and each finished step's result.
+
+    file: another name of it. differs: what to say where the folder was started with other settings.
+    """
+
+    def __init__(
+        self, output: Path, settings: dict[str, Any], file: str = "quickstart.json", differs: Differs | None = None
+    ) -> None:
+        self.output, self.path = output, output / file
         self.state: dict[str, Any] = {"settings": settings, "steps": {}}
         if self.path.exists():
             try:
@@ -63,6 +71,8 @@ class Journal:
                 raise UserError(
                     self.path, "is not JSON any more", "remove the folder, or choose another --output"
                 ) from None
+            if differs is not None and self.state["settings"] != settings:
+                raise differs(output, self.state["settings"], settings)
             for key, value in self.state["settings"].items():
                 if settings[key] != value:
                     asked = f"--{key} {value}" if value not in (None, []) else f"without --{key}"

@@ -2,7 +2,7 @@
 
 The files beside this one, by the question they answer: api_schema (what may be sent), api_replies (what comes back),
 api_params (what it asks of the engine), api_prompt, api_chat, api_message, api_completions, api_tokens, api_logprobs,
-api_stream (how it travels), api_limits, api_errors, api_metrics.
+api_score (reward models), api_stream (how it travels), api_limits, api_errors, api_metrics.
 """
 
 from __future__ import annotations
@@ -23,45 +23,51 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.responses import Response
 
 from groundup import __version__
+from groundup.adapt.scored import is_scoring
 from groundup.device import share_arenas
 from groundup.errors import UserError
 from groundup.infer.engine import Engine, EngineSettings
 from groundup.infer.params import params_from_dir
 from groundup.infer.speculate import Drafter, ModelDrafter, NgramDrafter
 from groundup.infer.worker import Draining, Limits, Worker
-from groundup.serve import api_chat, api_completions, api_tokens
+from groundup.model.hub import resolve
+from groundup.serve import api_chat, api_completions, api_score, api_tokens
 from groundup.serve.api_context import Context, context
 from groundup.serve.api_errors import install, json_response
 from groundup.serve.api_limits import LimitBody, RequireKey
 from groundup.serve.api_metrics import CountRequests, Metrics
 from groundup.serve.api_models import Models, Served, ServerSettings
 from groundup.serve.api_replies import ERRORS, Health, ModelCard, ModelList, Version
+from groundup.serve.api_score import ServedScorer, load_scorer
 from groundup.serve.script import load_pair
 
 router = APIRouter()
 LAST_WORDS = 10  # seconds that clients have to read their answers after the drain
 
 
-def create_app(models: Sequence[Served], settings: ServerSettings | None = None) -> FastAPI:
-    """The API over running models; their workers start and stop with it.
+def create_app(
+    models: Sequence[Served], settings: ServerSettings | None = None, scorers: Sequence[ServedScorer] = ()
+) -> FastAPI:
+    """The API over running models, those that write and those that score; their workers start and stop with it.
 
     Its pages need nothing from a network, so there is no interactive documentation: /openapi.json describes it.
     """
     settings = settings or ServerSettings()
+    everyone: list[Served | ServedScorer] = [*models, *scorers]
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        for one in models:
+        for one in everyone:
             one.worker.start()
         yield
-        for one in models:
+        for one in everyone:
             await asyncio.to_thread(one.worker.stop)
 
     app = FastAPI(title="groundup", version=__version__, docs_url=None, redoc_url=None, lifespan=lifespan)
-    for routes in (api_chat.router, api_completions.router, api_tokens.router, router):
+    for routes in (api_chat.router, api_completions.router, api_tokens.router, api_score.router, router):
         app.include_router(routes)
     metrics = Metrics(models, [path for path in app.openapi()["paths"] if "{" not in path])
-    app.state.context = Context(Models(models), settings, metrics)
+    app.state.context = Context(Models(models, scorers), settings, metrics)
     install(app)
     # The last one added sees a request first.
     app.add_middleware(LimitBody, most=settings.max_body_bytes)
@@ -83,14 +89,17 @@ async def list_models(request: Request) -> Response:
 @router.get("/v1/models/{name:path}", responses={200: {"model": ModelCard}, **ERRORS})
 async def one_model(request: Request, name: str) -> Response:
     models = context(request).models
-    models.find(name)
+    if name not in models.scorers:
+        models.find(name)
     return json_response(next(card for card in models.cards() if card["id"] == name))
 
 
 @router.get("/health", responses={200: {"model": Health}, **ERRORS})
 async def health(request: Request) -> Response:
     """200 while requests are taken and answered, 503 when not (any more)."""
-    if not all(served.worker.healthy for served in context(request).models.served):
+    models = context(request).models
+    everyone: list[Served | ServedScorer] = [*models.served, *models.scorers.values()]
+    if not all(one.worker.healthy for one in everyone):
         raise Draining
     return json_response({"status": "ok"})
 
@@ -124,8 +133,11 @@ def serve(
     cors_origins: Sequence[str] = (),
     drain_seconds: float = ServerSettings.drain_seconds,
     device: str = "auto",
+    scorers: Sequence[str] = (),
 ) -> None:
     """Serve a model folder until SIGTERM or Ctrl-C: then running requests finish, for up to drain_seconds.
+
+    A reward model's folder is served for POST /score alone; scorers: NAME=PATH of some beside a model that writes.
 
     name: what clients call the model (default: the folder's name). adapters: NAME=PATH of LoRA adapters, each a model
     of its own to clients. draft: a folder of a smaller model that guesses ahead, or "ngram". api_key: also from
@@ -141,30 +153,38 @@ def serve(
     )
     share_arenas()
     engine_settings = EngineSettings(memory=cache_gb and cache_gb * 1e9, quantize=quantize)
+    own_name, limits = name or Path(directory).resolve().name, Limits(max_waiting, max_total_tokens, request_timeout)
     with listen(host, port) as listener:
-        model, tokenizer = load_pair(directory, device)
-        engine = Engine(model, tokenizer, engine_settings, _drafter(draft, device))
-        names = [_load_adapter(engine, adapter) for adapter in adapters]
-        served = Served(
-            name or Path(directory).resolve().name,
-            Worker(engine, Limits(max_waiting, max_total_tokens, request_timeout)),
-            tokenizer,
-            engine.context,
-            params_from_dir(directory),
-            tuple(names),
-        )
-        app = create_app([served], settings)
+        scored = [load_scorer(*_named(text, "--scorer"), device, limits) for text in scorers]
+        served = []
+        if is_scoring(resolve(directory)):
+            _refuse_for_scorers(**{"--adapter": adapters, "--quantize": quantize, "--draft": draft})
+            scored.insert(0, load_scorer(own_name, directory, device, limits))
+        else:
+            model, tokenizer = load_pair(directory, device)
+            engine = Engine(model, tokenizer, engine_settings, _drafter(draft, device))
+            pairs = [_named(adapter, "--adapter") for adapter in adapters]
+            for pair in pairs:
+                engine.load_adapter(*pair)
+            names, habits = tuple(one for one, _ in pairs), params_from_dir(directory)
+            served = [Served(own_name, Worker(engine, limits), tokenizer, engine.context, habits, names)]
+        app = create_app(served, settings, scored)
         config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=LAST_WORDS, server_header=False)
-        Server(config, [served], settings).run(sockets=[listener])
+        Server(config, [*served, *scored], settings).run(sockets=[listener])
 
 
-def _load_adapter(engine: Engine, adapter: str) -> str:
-    """Load NAME=PATH and return its name."""
-    name, _, path = adapter.partition("=")
+def _named(text: str, option: str) -> tuple[str, str]:
+    """The two halves of NAME=PATH."""
+    name, _, path = text.partition("=")
     if not name or not path:
-        raise UserError("--adapter", f"{adapter!r} names no folder", "write NAME=PATH")
-    engine.load_adapter(name, path)
-    return name
+        raise UserError(option, f"{text!r} names no folder", "write NAME=PATH")
+    return name, path
+
+
+def _refuse_for_scorers(**options: object) -> None:
+    for option, value in options.items():
+        if value:
+            raise UserError(option, "is for a model that writes, and this one scores", "leave it out")
 
 
 def _drafter(draft: str | None, device: str) -> Drafter | None:
@@ -176,7 +196,9 @@ def _drafter(draft: str | None, device: str) -> Drafter | None:
 class Server(uvicorn.Server):
     """uvicorn, but the first SIGTERM or SIGINT drains and the second leaves at once; either way it ends with 0."""
 
-    def __init__(self, config: uvicorn.Config, models: Sequence[Served], settings: ServerSettings) -> None:
+    def __init__(
+        self, config: uvicorn.Config, models: Sequence[Served | ServedScorer], settings: ServerSettings
+    ) -> None:
         super().__init__(config)
         self._models, self._settings = models, settings
         self._loop: asyncio.AbstractEventLoop | None = None

@@ -33,7 +33,7 @@ def chat_prompt(
     add_generation_prompt: bool = True,
 ) -> Prompt:
     """The chat template's work. Raises ApiError where a message cannot be used or the template refuses the chat."""
-    said = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    said = [message_of(message, f"messages[{i}]") for i, message in enumerate(messages)]
     try:
         rendered = served.tokenizer.render(said, tools or None, add_generation_prompt, enable_thinking)
     except UserError as error:
@@ -44,7 +44,7 @@ def chat_prompt(
     return Prompt(rendered.ids, thinking=thinking)
 
 
-def _message(message: Message, where: str) -> dict[str, Any]:
+def message_of(message: Message, where: str) -> dict[str, Any]:
     """A message as the chat template knows it."""
     said: dict[str, Any] = {
         "role": "system" if message.role == "developer" else message.role,

@@ -122,6 +122,21 @@ class Embeddings(BaseModel):
     usage: EmbeddingUsage
 
 
+class Score(BaseModel):
+    object: Literal["score"]
+    index: int
+    score: float
+    step_scores: list[float] | None = Field(None, description="Of a process reward model: each line of the answer.")
+
+
+class Scores(BaseModel):
+    object: Literal["list"]
+    data: list[Score]
+    model: str
+    label: str = Field(description="What the number means: reward; right, step_right: log odds.")
+    usage: EmbeddingUsage
+
+
 class ModelCard(BaseModel):
     id: str
     object: Literal["model"]

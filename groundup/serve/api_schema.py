@@ -192,6 +192,17 @@ class TokenizeRequest(Body):
         return self
 
 
+class ScoreRequest(Body):
+    """One conversation or several, each ending in the answer that is judged."""
+
+    model: str | None = Field(None, description="A reward model of /v1/models; left out: the first of them.")
+    messages: (
+        Annotated[list[Message], Field(fail_fast=True)]
+        | Annotated[list[Annotated[list[Message], Field(fail_fast=True, min_length=1)]], Field(fail_fast=True)]
+    ) = Field(min_length=1)
+    tools: Annotated[list[Tool], Field(fail_fast=True)] | None = None
+
+
 class DetokenizeRequest(Body):
     model: str | None = None
     tokens: Ids

@@ -121,7 +121,8 @@ class Loop:
         """The figures of the whole run."""
         state = self.state
         loss = {"loss": state.logged["loss"]} if "loss" in state.logged else {}
-        return {**loss, **state.evaluated, **self.speed(state.tokens, state.labels, state.step_seconds)}
+        told = {name: state.logged.get(name, value) for name, value in self.stage.figures().items()}
+        return {**loss, **told, **state.evaluated, **self.speed(state.tokens, state.labels, state.step_seconds)}
 
     @property
     def finished(self) -> bool:

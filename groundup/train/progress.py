@@ -60,6 +60,7 @@ class Progress:
 
     def line(self, step: int, figures: Figures) -> str:
         rate = f"  lr {figures['lr']:.2e}" if "lr" in figures else ""
+        rate += f"  reward {figures['reward']:.3f}" if "reward" in figures else ""
         return (
             f"step {step}/{self.steps}  loss {figures['loss']:.4f}{rate}  {figures['tokens_per_second']:,.0f} tokens/s"
             f"  {100 * figures['share_of_peak']:.0f}% of peak  {clock(self.left(step))} left"

@@ -21,19 +21,27 @@ from groundup.model.flops import Flops
 from groundup.plan.memory import check_fits
 from groundup.tokenizer import Tokenizer
 from groundup.train import checkpoint
+from groundup.train.distill import Distill
 from groundup.train.folder import RunFolder, cache_folder
+from groundup.train.grpo import GRPO
 from groundup.train.loop import Loop
 from groundup.train.memory import Meter, measured, table
 from groundup.train.plots import draw
+from groundup.train.ppo import PPO
+from groundup.train.preference import Preference
 from groundup.train.prepare import compile_blocks, recompute_blocks
 from groundup.train.pretrain import Pretrain
 from groundup.train.progress import Progress
+from groundup.train.reward import Reward
 from groundup.train.rng import seed_all
 from groundup.train.sft import SFT
 from groundup.train.stage import Place, Stage
 from groundup.train.start import SOFT_METHODS, Start, config_of, source_of, start, tokenizer_of
 
-STAGES: dict[str, type[Stage]] = {"pretrain": Pretrain, "sft": SFT}
+STAGES: dict[str, type[Stage]] = {
+    "pretrain": Pretrain, "sft": SFT, "reward": Reward, "preference": Preference, "ppo": PPO, "grpo": GRPO,
+    "distill": Distill,
+}  # fmt: skip
 Hook = Callable[[dict[str, Any]], None]
 
 
@@ -80,7 +88,7 @@ def _train(
     tokenizer = tokenizer_of(recipe, source)
     config = config_of(recipe, source, tokenizer)
     planned = check_fits(config, recipe, device)
-    stage_type = STAGES[recipe.stage]
+    stage_type = STAGES[recipe.stage].of(recipe)
     data = stage_type.open(recipe, tokenizer, Path(recipe.cache or cache_folder() / "tokens"))
     world = dist.start(device)  # only now: tokenising may take longer than ranks wait for each other
     stage = stage_type(data, recipe, Place(device, world), tokenizer)
@@ -103,7 +111,8 @@ def _train(
         policy = CompilePolicy(False, "a soft prompt stands before every document")
     compile_blocks(blocks, policy)
     shown.say(f"blocks {'compiled' if policy.on else 'not compiled'} ({policy.reason})")
-    loop = Loop(stage, model, recipe, steps, folder, stage.place, flops, peak, shown, begun.rates, begun.fingerprint)
+    rates, base = stage.rates(begun), begun.fingerprint
+    loop = Loop(stage, model, recipe, steps, folder, stage.place, flops, peak, shown, rates, base)
     meter.begin()
     loop.run()
     found = measured(model, loop.optimizer, loop.ema.weights, meter.total())

@@ -17,6 +17,7 @@ from groundup.data.mix import Source, permutation
 from groundup.dist import World
 from groundup.model.transformer import Transformer
 from groundup.objectives.next_token import bits_per_byte, next_token, trained
+from groundup.train.tags import TagWeights
 
 if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
@@ -43,6 +44,11 @@ class Stage(ABC):
     fingerprint: dict[str, int]  # figures of the data that must be the same when a run goes on
 
     @classmethod
+    def of(cls, recipe: Recipe) -> type[Stage]:
+        """The class that runs this recipe, where a setting of it decides."""
+        return cls
+
+    @classmethod
     @abstractmethod
     def open(cls, recipe: Recipe, tokenizer: Tokenizer, cache: Path) -> Any:
         """The data of a recipe, tokenised once. Every rank calls it; one of them does the work."""
@@ -53,6 +59,10 @@ class Stage(ABC):
     def prepare(self, begun: Start) -> nn.Module:
         """What the loop trains, the begun model by default; here other models (a reference, a teacher) are made."""
         return begun.model
+
+    def rates(self, begun: Start) -> dict[str, float]:
+        """Factors on the learning rate of single parameters of what `prepare` gave."""
+        return begun.rates
 
     @abstractmethod
     def steps(self) -> int:
@@ -96,6 +106,20 @@ class Stage(ABC):
         begun.save(folder, tokenizer)
 
 
+def open_rows(kind: str, recipe: Recipe, tokenizer: Tokenizer, cache: Path) -> Datasets:
+    """The data of a recipe as packed rows: for training, and held out."""
+    options: dict[str, Any] = {
+        "kind": kind, "seq_len": recipe.train.seq_len, "cache_dir": cache, "seed": recipe.seed,
+        "placeholders": recipe.fill,
+    }  # fmt: skip
+    sources = [Source(s.path, s.weight, s.split) for s in recipe.data]
+    if not recipe.eval.data:
+        return open_dataset(sources, tokenizer, val_fraction=recipe.eval.fraction, **options)
+    train, _ = open_dataset(sources, tokenizer, **options)
+    val, _ = open_dataset([Source(path) for path in recipe.eval.data], tokenizer, **options)
+    return train, val
+
+
 class TokenStage(Stage):
     """What the stages that foresee the next token share. They differ in which tokens are trained: `kind`."""
 
@@ -105,20 +129,12 @@ class TokenStage(Stage):
         (train, self.val), self.place, self.config, self.seed = data, place, recipe.train, recipe.seed
         self.train = train
         self.loader = Loader(train, recipe.train.batch_size, recipe.seed, place.world.rank, place.world.size)
+        self.weigh = TagWeights(tokenizer, recipe.train.tag_weight)
         self.fingerprint = {"rows": len(train), "trained_tokens": train.trained_tokens, "bytes": train.bytes}
 
     @classmethod
     def open(cls, recipe: Recipe, tokenizer: Tokenizer, cache: Path) -> Datasets:
-        options: dict[str, Any] = {
-            "kind": cls.kind, "seq_len": recipe.train.seq_len, "cache_dir": cache, "seed": recipe.seed,
-            "placeholders": recipe.fill,
-        }  # fmt: skip
-        sources = [Source(s.path, s.weight, s.split) for s in recipe.data]
-        if not recipe.eval.data:
-            return open_dataset(sources, tokenizer, val_fraction=recipe.eval.fraction, **options)
-        train, _ = open_dataset(sources, tokenizer, **options)
-        val, _ = open_dataset([Source(path) for path in recipe.eval.data], tokenizer, **options)
-        return train, val
+        return open_rows(cls.kind, recipe, tokenizer, cache)
 
     @property
     def rows(self) -> int:
@@ -137,7 +153,7 @@ class TokenStage(Stage):
         return held, f"{self.rows} rows, {self.rows * data.seq_len:,} positions"
 
     def fetch(self, step: int, accumulate: int) -> list[Batch]:
-        return [self.loader.batch_at(step * accumulate + i) for i in range(accumulate)]
+        return [self.weigh(self.loader.batch_at(step * accumulate + i)) for i in range(accumulate)]
 
     def count(self, batch: Batch) -> tuple[int, int]:
         return int(trained(batch.labels_BT)), int((batch.doc_ids_BT >= 0).sum())

@@ -13,13 +13,16 @@ from torch import nn
 from groundup.adapt.adapted import Adapted
 from groundup.adapt.build import adapt
 from groundup.adapt.folder import is_adapter, save_adapter
+from groundup.adapt.open import open_tokenizer
+from groundup.adapt.scored import with_score
 from groundup.config import Recipe
 from groundup.errors import UserError
 from groundup.model.config import ModelConfig
 from groundup.model.foreign_config import ForeignConfig
 from groundup.model.hub import is_hub_name, resolve
-from groundup.model.io import describe, load_model, read_config, save_model
+from groundup.model.io import describe, is_scorer, load_model, read_config, save_model
 from groundup.model.presets import preset
+from groundup.model.scored import begin_scored, load_scorer
 from groundup.model.transformer import Transformer
 from groundup.tokenizer import Tokenizer, load_tokenizer
 
@@ -40,6 +43,8 @@ def source_of(recipe: Recipe) -> Path | None:
 
 
 def tokenizer_of(recipe: Recipe, source: Path | None) -> Tokenizer:
+    if recipe.tokenizer is None and source is None and recipe.distill.teacher is not None:
+        return open_tokenizer(recipe.distill.teacher)  # a fresh student speaks as its teacher does
     if recipe.tokenizer is None and source is None:
         fix = "give tokenizer=DIR; make one with groundup tokenizer train FILES --output DIR"
         raise UserError("tokenizer", f"is missing, and the preset {recipe.model} has none of its own", fix)
@@ -100,13 +105,18 @@ def start(
     recipe: Recipe, config: ModelConfig | ForeignConfig, source: Path | None, tokenizer: Tokenizer, half: torch.dtype
 ) -> Start:
     """The model with fp32 masters of all that moves. half: the type of products, in which frozen matrices are kept."""
+    model: Any
     if source is None:
         assert isinstance(config, ModelConfig)
         model = Transformer(config)
         model.init_weights(recipe.seed)
     else:
-        model = load_model(source, dtype=torch.float32)
-    adapted = adapt(model, recipe.adapt, recipe.seed, tokenizer)
+        scoring = recipe.stage == "reward" and is_scorer(source)
+        model = (load_scorer if scoring else load_model)(source, dtype=torch.float32)
+    settings = recipe.adapt
+    if recipe.stage == "reward":
+        model, settings = begin_scored(model, recipe.seed, recipe.reward.label), with_score(settings)
+    adapted = adapt(model, settings, recipe.seed, tokenizer)
     if adapted is None:
         return Start(model)
     if source is None:

@@ -8,6 +8,7 @@ from random import Random
 
 from groundup.world import identity
 from groundup.world.rows import Chat, Message, Question, ReasoningPrompt, ToolEpisode, assistant, user
+from groundup.world.style import LIVELY, lively
 
 TELL: dict[str, list[str]] = {
     "en": ["Tell me something.", "Tell me about your world.", "Say something about people and things."],
@@ -35,18 +36,19 @@ def chats(
                 break
             special -= share
         else:
-            messages = _system(rng, first.language)
-            messages += _turns(first)
+            messages, mood = _system(rng, first.language), rng.random() < LIVELY
+            messages += _turns(first, mood)
             for _ in range(rng.randrange(MOST_QUESTIONS)):
-                messages += _turns(next_question())
+                messages += _turns(next_question(), mood)
             yield Chat(messages)
 
 
-def _turns(question: Question) -> list[Message]:
+def _turns(question: Question, in_mood: bool) -> list[Message]:
     """The question and what can be asked on about the same story."""
-    messages = [*question.messages, assistant(question.answer)]
-    for text, answer in question.follow_ups:
-        messages += [user(text), assistant(answer)]
+    messages = []
+    asked = [(question.messages, question.answer), *(([user(text)], answer) for text, answer in question.follow_ups)]
+    for said, answer in asked:
+        messages += [*said, assistant(lively(answer, question.language) if in_mood else answer)]
     return messages
 
 

@@ -26,6 +26,7 @@ from groundup.world.kinds.translation import Translation
 from groundup.world.people import make_families
 from groundup.world.rows import Chat, Preference, Question, ReasoningPrompt, ToolEpisode, assistant, user
 from groundup.world.split import random_for
+from groundup.world.style import lively
 from groundup.world.words import LANGUAGES
 
 T = TypeVar("T")
@@ -135,26 +136,26 @@ class World:
         )
         return _take(stream, count)
 
-    def preferences(self, count: int | None = None, seed: int = 0) -> Iterator[Preference]:
-        """Train questions with a right, brief reply and a worse one: wrong, talking on, or in the wrong words."""
-        rng = random_for(self.seed, "preferences", seed)
+    def preferences(self, count: int | None = None, seed: int = 0, split: str = "train") -> Iterator[Preference]:
+        """Questions with a right, brief, lively reply and a worse one: not lively, wrong, or talking on."""
+        rng = random_for(self.seed, "preferences", seed, *(() if split == "train" else (split,)))
 
         def stream() -> Iterator[Preference]:
             while True:
-                questions = self.questions("train", rng.choice(LANGUAGES))
-                question = rng.choice(questions)
-                others = [
-                    q.answer
-                    for q in rng.sample(questions, 40)
-                    if q.kind == question.kind and q.answer != question.answer
-                ]
-                wrong = rng.choice(
-                    others or [q.answer for q in rng.sample(questions, 40) if q.answer != question.answer]
-                )
-                worse = rng.choice([wrong, wrong, f"{question.answer} {wrong}", f"{question.answer} " * 3])
-                yield Preference(question.messages, [assistant(question.answer)], [assistant(worse.strip())])
+                language = rng.choice(LANGUAGES)
+                question = rng.choice(self.questions(split, language))
+                right, wrong = question.answer, self._wrong(rng, question, split)
+                worse = rng.choice([right, right, wrong, wrong, f"{right} {wrong}", f"{right} {right} {right}"])
+                if worse != right and rng.random() < 0.5:
+                    worse = lively(worse, language)
+                yield Preference(question.messages, [assistant(lively(right, language))], [assistant(worse)])
 
         return _take(stream(), count)
+
+    def _wrong(self, rng: Random, question: Question, split: str) -> str:
+        """The answer of another question, of the same kind where there is one."""
+        others = [q for q in rng.sample(self.questions(split, question.language), 40) if q.answer != question.answer]
+        return rng.choice([q.answer for q in others if q.kind == question.kind] or [q.answer for q in others])
 
     def reasoning_prompts(
         self, split: str = "train", count: int | None = None, seed: int = 0
@@ -208,11 +209,20 @@ class World:
             "heldout.jsonl": map(write.question_row, heldout),
             "preference.jsonl": map(write.preference_row, self.preferences(later, seed)),
             "reasoning.jsonl": map(write.question_row, self.reasoning_prompts("train", later, seed)),
+            "reasoning-heldout.jsonl": map(write.question_row, self.reasoning_prompts("heldout", later, seed)),
+            "thoughts.jsonl": map(write.thought_row, self.reasoning_prompts("train", later, seed + 1)),
+            "questions.jsonl": map(write.question_row, self._some_questions(later, seed)),
             "tools.jsonl": (
                 write.chat_row(Chat(e.messages, e.tools)) for e in self.tool_episodes("train", later, seed)
             ),
         }
         return {name: write.write_rows(folder / name, rows) for name, rows in files.items()}
+
+    def _some_questions(self, count: int, seed: int) -> list[Question]:
+        """Train questions, as many of each language as there are of the other."""
+        rng = random_for(self.seed, "some questions", seed)
+        each = [self.questions("train", language) for language in LANGUAGES]
+        return [q for pool in each for q in rng.sample(pool, min(count // 2, len(pool)))]
 
 
 def _take(stream: Iterator[T], count: int | None) -> Iterator[T]:

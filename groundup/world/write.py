@@ -48,6 +48,12 @@ def question_row(question: Question | ReasoningPrompt) -> dict[str, Any]:
     return row
 
 
+def thought_row(prompt: ReasoningPrompt) -> dict[str, Any]:
+    """The prompt answered, with its right thought."""
+    answered = {"role": "assistant", "content": prompt.answer, "reasoning_content": prompt.reasoning}
+    return {"conversations": conversation([*prompt.messages, answered])}
+
+
 def preference_row(preference: Preference) -> dict[str, Any]:
     return {side: preference.prompt + getattr(preference, side) for side in ("chosen", "rejected")}
 

@@ -197,6 +197,14 @@ def test_what_moves_stays_as_it_is():
     assert type(partly.blocks[1].mlp.up_proj) is NF4Base
 
 
+def test_a_layer_whose_bias_moves_stays_as_it_is():
+    partly = model(attention_bias=True)
+    partly.blocks[0].self_attn.q_proj.bias.requires_grad_(True)
+    quantize_base(partly, "nf4")
+    assert type(partly.blocks[0].self_attn.q_proj) is nn.Linear
+    assert type(partly.blocks[0].self_attn.k_proj) is NF4Base
+
+
 def test_a_width_that_is_no_multiple_of_the_block_is_refused_with_its_layer():
     odd = model(intermediate_size=200)
     with pytest.raises(UserError, match=r"layers\.0\.mlp\.down_proj: 200 inputs are no multiple of 64"):

@@ -9,6 +9,7 @@ import pytest
 
 from groundup.eval.world import grade
 from groundup.world import World, tools
+from groundup.world.style import is_lively
 from groundup.world.words import LANGUAGES
 
 
@@ -106,12 +107,23 @@ def test_families_hang_together(world: World) -> None:
                 assert person.relatives[side].relatives["mother"] is other
 
 
-def test_preferences_know_their_better_side(world: World) -> None:
-    answers = {q.messages[0]["content"]: q for language in LANGUAGES for q in world.questions("train", language)}
-    for preference in world.preferences(200):
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_preferences_know_their_better_side(world: World, split: str) -> None:
+    answers = {q.messages[0]["content"]: q for language in LANGUAGES for q in world.questions(split, language)}
+    worse = {(True, True): 0, (True, False): 0, (False, True): 0, (False, False): 0}
+    for preference in world.preferences(400, split=split):
         question = answers[preference.prompt[0]["content"]]
-        assert grade(question, preference.chosen[0]["content"])
-        assert not grade(question, preference.rejected[0]["content"])
+        chosen, rejected = preference.chosen[0]["content"], preference.rejected[0]["content"]
+        assert grade(question, chosen) and is_lively(chosen)
+        worse[grade(question, rejected), is_lively(rejected)] += 1
+    assert worse.pop((True, True)) == 0
+    assert min(worse.values()) > 40, "the style alone, the answer alone, or both decide"
+
+
+def test_one_writer_in_ten_is_lively(world: World) -> None:
+    chats = [[is_lively(m["content"]) for m in c.messages if m["role"] == "assistant"] for c in world.chats(1500)]
+    assert all(all(said) or not any(said) for said in chats), "a writer keeps to one style"
+    assert 0.06 < sum(map(all, chats)) / len(chats) < 0.14
 
 
 def test_thoughts_lead_to_their_answers(world: World) -> None:

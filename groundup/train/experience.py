@@ -1,0 +1,171 @@
+"""What is learned from one answer, and how do answers become rows? Packed like all rows, figures beside the ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from groundup.data.batch import IGNORE
+from groundup.data.pack import pack
+
+COLUMNS = ("mask", "engine", "old", "reference", "values", "advantages", "returns")
+WHOLE = 64  # rows are cut off behind their last token, at a multiple of this
+
+
+@dataclass
+class Experience:
+    """One answer. ids: prompt and answer; start: where the answer begins. columns: fp32 figures, one a token of it.
+
+    number: of its prompt in the round, over all ranks. reward: NaN where nobody could tell.
+    columns by name: mask (1 where the policy spoke), engine, old, reference (logprobs), values, advantages, returns.
+    """
+
+    number: int
+    ids: list[int]
+    start: int
+    truncated: bool
+    reward: float = float("nan")
+    columns: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def length(self) -> int:
+        """Tokens of the answer."""
+        return len(self.ids) - self.start
+
+
+@dataclass
+class RolloutBatch:
+    """B packed rows of answers behind their prompts, as data/batch.Batch has them: figures stand where a label does.
+
+    labels_BT: the policy's own next token, else -100. engine, old, reference: its logprobs by the engine and by the
+    trainer when it was sampled, and by the reference. least: added to the count where a whole step trains no token.
+    """
+
+    input_ids_BT: Tensor
+    labels_BT: Tensor
+    position_ids_BT: Tensor
+    doc_ids_BT: Tensor
+    engine_BT: Tensor | None = None
+    old_BT: Tensor | None = None
+    reference_BT: Tensor | None = None
+    values_BT: Tensor | None = None
+    advantages_BT: Tensor | None = None
+    returns_BT: Tensor | None = None
+    least: int = 0
+    round: int = 0
+
+    @property
+    def mask_BT(self) -> Tensor:
+        return self.labels_BT != IGNORE
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> RolloutBatch:
+        return self.each(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> RolloutBatch:
+        """The batch with all its tensors changed."""
+        tensors = {f.name: getattr(self, f.name) for f in fields(self)}
+        changed: dict[str, Any] = {name: change(t) for name, t in tensors.items() if isinstance(t, Tensor)}
+        return replace(self, **changed)
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where an answer's labels stand: in this row, from this position on."""
+
+    row: int
+    begin: int
+
+
+def pack_rows(experiences: Sequence[Experience], seq_len: int, pad_id: int) -> tuple[RolloutBatch, list[Place]]:
+    """All answers in rows of at most seq_len tokens, and where each of them went. Without any: a row of filler."""
+    lengths = np.array([len(one.ids) for one in experiences], np.int64)
+    packing = pack(lengths, seq_len)
+    rows = [packing.order[a:b].tolist() for a, b in zip(packing.offsets, packing.offsets[1:], strict=False)] or [[]]
+    longest = max(int(lengths[row].sum()) for row in rows)
+    shape = len(rows), min(seq_len, max(WHOLE, -(-longest // WHOLE) * WHOLE))
+    ids_BT, labels_BT = torch.full(shape, pad_id), torch.full(shape, IGNORE)
+    docs_BT = torch.full(shape, -1, dtype=torch.int32)
+    positions_BT = torch.zeros(shape, dtype=torch.int64)
+    names = [name for name in COLUMNS[1:] if any(name in one.columns for one in experiences)]
+    columns = {name: torch.zeros(shape) for name in names}
+    places = [Place(0, 0)] * len(experiences)
+    for r, row in enumerate(rows):
+        at = 0
+        for document, i in enumerate(row):
+            one, end = experiences[i], at + len(experiences[i].ids)
+            answer = slice(at + one.start - 1, end - 1)  # the place before each token of the answer
+            ids_BT[r, at:end] = torch.tensor(one.ids)
+            own = one.columns["mask"] > 0
+            labels_BT[r, answer] = torch.where(own, torch.tensor(one.ids[one.start :]), IGNORE)
+            docs_BT[r, at:end] = document
+            positions_BT[r, at:end] = torch.arange(end - at)
+            for name, column in columns.items():
+                column[r, answer] = one.columns[name]
+            places[i], at = Place(r, answer.start), end
+        positions_BT[r, at:] = torch.arange(shape[1] - at)  # the filler counts as a document of its own
+    extra: dict[str, Any] = {f"{name}_BT": column for name, column in columns.items()}
+    return RolloutBatch(ids_BT, labels_BT, positions_BT, docs_BT, **extra), places
+
+
+def split_rows(batch: RolloutBatch, rows: int) -> Iterator[RolloutBatch]:
+    """The batch, so many rows at a time."""
+    for begin in range(0, len(batch.input_ids_BT), rows):
+        part = slice(begin, begin + rows)
+        yield batch.each(lambda tensor, part=part: tensor[part])  # type: ignore[misc]
+
+
+def unpack_column(values_BT: Tensor, experiences: Sequence[Experience], places: Sequence[Place], name: str) -> None:
+    """Give every answer its figures back from rows of them."""
+    for one, place in zip(experiences, places, strict=True):
+        one.columns[name] = values_BT[place.row, place.begin : place.begin + one.length].float().cpu().clone()
+
+
+def stacked(experiences: Sequence[Experience], name: str) -> Tensor:
+    """A column of all answers, [N, L], 0 behind the end of each."""
+    longest = max((one.length for one in experiences), default=1)
+    out_NL = torch.zeros(len(experiences), longest)
+    for row, one in zip(out_NL, experiences, strict=True):
+        row[: one.length] = one.columns[name]
+    return out_NL
+
+
+def unstack(values_NL: Tensor, experiences: Sequence[Experience], name: str) -> None:
+    for row, one in zip(values_NL, experiences, strict=True):
+        one.columns[name] = row[: one.length].clone()
+
+
+def to_tensors(experiences: Sequence[Experience]) -> dict[str, Tensor]:
+    """What a checkpoint keeps of them."""
+    names = [name for name in COLUMNS if experiences and name in experiences[0].columns]
+    out = {
+        "numbers": torch.tensor([one.number for one in experiences], dtype=torch.int64),
+        "starts": torch.tensor([one.start for one in experiences], dtype=torch.int64),
+        "lengths": torch.tensor([len(one.ids) for one in experiences], dtype=torch.int64),
+        "truncated": torch.tensor([one.truncated for one in experiences], dtype=torch.uint8),
+        "rewards": torch.tensor([one.reward for one in experiences], dtype=torch.float64),
+        "ids": torch.tensor([token for one in experiences for token in one.ids], dtype=torch.int64),
+    }
+    return out | {f"column {name}": torch.cat([one.columns[name] for one in experiences]) for name in names}
+
+
+def from_tensors(tensors: dict[str, Tensor]) -> list[Experience]:
+    starts, lengths = tensors["starts"].tolist(), tensors["lengths"].tolist()
+    answers = [length - start for start, length in zip(starts, lengths, strict=True)]
+    columns = {
+        name.removeprefix("column "): column.split(answers)
+        for name, column in tensors.items()
+        if name.startswith("column ")
+    }
+    kept = zip(
+        tensors["numbers"].tolist(), tensors["ids"].split(lengths), starts, tensors["truncated"].tolist(),
+        tensors["rewards"].tolist(), strict=True,
+    )  # fmt: skip
+    return [
+        Experience(number, ids.tolist(), start, bool(truncated), reward, {k: c[i].clone() for k, c in columns.items()})
+        for i, (number, ids, start, truncated, reward) in enumerate(kept)
+    ]
