@@ -125,8 +125,11 @@ def distill_cut(
     """Cut a smaller model out of a teacher: a student that begins with something."""
     from groundup.train.cut import cut_folder
 
-    sizes = {"layers": layers, "width": width, "intermediate": intermediate, "heads": heads}
-    show(cut_folder(teacher, output, data or [], **sizes, fresh=fresh, seed=seed), as_json)
+    cut = cut_folder(
+        teacher, output, data or [],
+        layers=layers, width=width, intermediate=intermediate, heads=heads, fresh=fresh, seed=seed,
+    )  # fmt: skip
+    show(cut, as_json)
 
 
 @distill_app.command("ask")

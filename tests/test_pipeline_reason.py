@@ -179,7 +179,8 @@ def test_the_sample_command(groundup: Callable, ground: Path, tmp_path: Path) ->
     judged = [row for row in read_rows(tmp_path / "kept.judged.jsonl") if isinstance(row, Unpaired)]
     assert {row.label for row in judged} == {True, False}, "a verifier learns from both"
     for row in judged:
-        assert row.label == (row.messages[-1]["content"].strip(" .") == row.messages[0]["content"].split()[-1])
+        said = row.messages[-1]["content"].rpartition("</think>")[2]
+        assert row.label == (said.strip(" .") == row.messages[0]["content"].split()[-1])
 
 
 def test_the_whole_road(ground: Path, tmp_path: Path) -> None:

@@ -49,7 +49,8 @@ def smaller(
     heads = wanted["num_attention_heads"]
     if heads % group and heads > group:
         raise UserError("heads", f"{heads} are no whole groups of {group}", f"use a multiple of {group}")
-    return replace(config, **wanted, num_key_value_heads=max(1, heads // group))
+    shape: dict[str, Any] = {**wanted, "num_key_value_heads": max(1, heads // group)}
+    return replace(config, **shape)
 
 
 @torch.no_grad()
@@ -109,7 +110,7 @@ class _Watch:
 
     @contextmanager
     def _listening(self, real_BT: Tensor) -> Iterator[None]:
-        """Hooks on what multiplies into the stream; they keep fast paths, which have no such parts, from being taken."""
+        """Hooks on what multiplies into the stream; fast paths, which have no such parts, are then not taken."""
         hooks = []
         for i, block in enumerate(self.model.blocks):
             attention, mlp = cast(Block, block).self_attn, cast(Block, block).mlp

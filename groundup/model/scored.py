@@ -139,9 +139,12 @@ class Scored(nn.Module):
 def begin_scored(model: Any, seed: int, label: str = REWARD) -> Scored:
     """A model that scores, from one that writes (a fresh head; its own is let go) or one that scored before.
 
-    UserError: transformers has no such model of this architecture, so it could not be saved.
+    UserError: a model of several numbers, or of an architecture of which transformers has none, so it could not be saved.
     """
     if isinstance(model, Scored):
+        if len(model.labels) != 1:
+            why = f"has {len(model.labels)} numbers ({', '.join(model.labels)}), and one score is trained"
+            raise UserError("model", why, "begin with a model of one, or with one that writes")
         model.labels = (label,)
         return model
     if isinstance(model, Foreign):
@@ -214,6 +217,8 @@ def _labels(directory: Path) -> tuple[str, ...]:
     names = found.get("id2label")
     if not isinstance(names, dict) or not names:
         return tuple(f"LABEL_{i}" for i in range(int(found.get("num_labels") or 2)))
+    if not all(key.isdecimal() for key in names):
+        raise UserError(directory / "config.json", "its id2label does not count from 0", "fetch the model again")
     return tuple(str(names[key]) for key in sorted(names, key=int))
 
 

@@ -143,7 +143,8 @@ def test_the_same_command_again_asks_for_what_is_missing(server: Server, prompts
 def test_killed_at_any_moment_it_goes_on(server: Server, prompts: Path, tmp_path: Path) -> None:
     server.delay = 0.04
     out = tmp_path / "out.jsonl"
-    command = [sys.executable, "-m", "groundup.cli", "distill", "ask", str(prompts), "--url", server.url, "--model", "m",
+    command = [sys.executable, "-m", "groundup.cli", "distill", "ask", str(prompts), "--model", "m",
+               "--url", server.url,
                "--parallel", "2", "--output", str(out)]  # fmt: skip
     child = subprocess.Popen(command, env={**os.environ, "NO_PROXY": "127.0.0.1"}, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 30
@@ -197,7 +198,7 @@ def test_pauses_grow_and_a_slow_answer_is_given_up(server: Server, prompts: Path
         return completion(text)
 
     server.behave = slow
-    with pytest.raises(UserError, match="1 of 1 prompts got no answer .*timed out"):
+    with pytest.raises(UserError, match=r"1 of 1 prompts got no answer .*timed out"):
         ask([prompts], tmp_path / "out.jsonl", Wire(server.url, retries=2, timeout=0.05), ASKING, limit=1)
     assert len(times) == 3
 
@@ -206,7 +207,8 @@ def test_answers_that_teach_nothing_are_put_aside_and_not_asked_for_again(
     server: Server, prompts: Path, tmp_path: Path
 ) -> None:
     odd = {
-        "say 1": completion("said", "length"), "say 2": completion("  "), "say 3": (400, {"error": {"message": "long"}}, {}),
+        "say 1": completion("said", "length"), "say 2": completion("  "),
+        "say 3": (400, {"error": {"message": "long"}}, {}),
         "say 4": completion("x", "content_filter"),
         "say 5": completion("", tool_calls=[{"function": {"name": "f", "arguments": "{"}}]),
     }  # fmt: skip
@@ -235,7 +237,7 @@ def test_a_server_that_refuses_is_believed_at_once(
 def test_a_server_that_is_gone_ends_it_and_rows_are_kept(server: Server, prompts: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.jsonl"
     server.behave = lambda text, nth: completion(text) if int(text[4:]) < 6 else None
-    with pytest.raises(UserError, match="4 prompts after another got no answer.*the same command goes on"):
+    with pytest.raises(UserError, match=r"4 prompts after another got no answer.*the same command goes on"):
         ask([prompts], out, Wire(server.url, retries=1), ASKING, parallel=1)
     assert sorted(answers(out)) == SAID[:6]
     server.behave = lambda text, nth: completion(text)
@@ -272,7 +274,8 @@ def test_conversations_tools_and_thoughts_go_both_ways(server: Server, tmp_path:
     tool = {"name": "add", "description": "", "parameters": {"type": "object", "properties": {}}}
     chat = [
         {"role": "user", "content": "1+2?"},
-        {"role": "assistant", "content": "", "reasoning_content": "hm", "tool_calls": [{"name": "add", "arguments": {"a": 1}}]},
+        {"role": "assistant", "content": "", "reasoning_content": "hm",
+         "tool_calls": [{"name": "add", "arguments": {"a": 1}}]},
         {"role": "tool", "content": "3"},
         {"role": "assistant", "content": "old answer"},
     ]  # fmt: skip

@@ -24,7 +24,7 @@ CONFIG = ModelConfig(61, 48, 40, 3, 4, 2, 16, max_position_embeddings=64)
 
 
 def model_of(config: ModelConfig) -> Transformer:
-    """Random everywhere, norms and biases too; the last norm even, as only an even one can be turned with a tied head."""
+    """Random everywhere, norms and biases too; the last norm even: only such a one can be turned with a tied head."""
     model, generator = Transformer(config).eval(), torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, p in model.named_parameters():

@@ -218,11 +218,21 @@ def test_a_folder_without_its_score_head_is_refused(tmp_path: Path) -> None:
         load_scorer(tmp_path)
 
 
+def test_labels_without_numbers_are_refused(tmp_path: Path) -> None:
+    save_scorer(scorer(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"id2label": {"good": "LABEL_0"}}))
+    with pytest.raises(UserError, match="its id2label does not count from 0"):
+        load_scorer(tmp_path)
+
+
 def test_several_labels_are_several_numbers(tmp_path: Path) -> None:
     model = noise(Scored(trunk(), ("bad", "good")).drop_head(), 1)
     save_scorer(model, tmp_path)
     again, theirs = load_scorer(tmp_path), stock(tmp_path)
     assert again.labels == ("bad", "good") and theirs.config.id2label == {0: "bad", 1: "good"}
+    with pytest.raises(UserError, match=r"has 2 numbers \(bad, good\), and one score is trained"):
+        begin_scored(again, 0)
     with torch.no_grad():
         numbers = again.scores_BT(torch.tensor(texts()[:1]))[0, -1]
         torch.testing.assert_close(numbers, theirs(torch.tensor(texts()[:1])).logits[0], atol=1e-4, rtol=0)

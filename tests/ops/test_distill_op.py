@@ -1,4 +1,4 @@
-"""The chunked divergence of two heads equals the plain one: value, gradients, ignored tokens, weights, top-k, memory."""
+"""The chunked divergence of two heads equals the plain one: value, gradients, ignored tokens, weights, top-k."""
 
 from __future__ import annotations
 

@@ -86,8 +86,10 @@ def test_sft_divides_by_tokens_not_by_weights_and_holds_out_unweighted(
 ) -> None:
     """The first step's loss, written out: sum of weight * nats over the number of trained tokens, as MiniMind-R1."""
     rows = [
-        {"messages": [{"role": "user", "content": f"the cat {i}"},
-                      {"role": "assistant", "reasoning_content": "a mat " * (i % 4), "content": "<answer>red</answer>"}]}
+        {"messages": [
+            {"role": "user", "content": f"the cat {i}"},
+            {"role": "assistant", "reasoning_content": "a mat " * (i % 4), "content": "<answer>red</answer>"},
+        ]}
         for i in range(40)
     ]  # fmt: skip
     (tmp_path / "thoughts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
