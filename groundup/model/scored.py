@@ -139,7 +139,7 @@ class Scored(nn.Module):
 def begin_scored(model: Any, seed: int, label: str = REWARD) -> Scored:
     """A model that scores, from one that writes (a fresh head; its own is let go) or one that scored before.
 
-    UserError: a model of several numbers, or of an architecture of which transformers has none, so it could not be saved.
+    UserError: a model of several numbers, or of an architecture of which transformers has no such model to save.
     """
     if isinstance(model, Scored):
         if len(model.labels) != 1:

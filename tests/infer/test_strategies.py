@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from groundup.errors import UserError
 from groundup.infer.answers import comparable, final_answer
@@ -157,18 +156,17 @@ def test_a_search_over_steps(engine: Engine, asked: list[Asked], params: Samplin
     for conversations in rounds:
         each = Counter(said[0]["content"] for said in conversations)
         assert max(each.values()) <= 8
-    assert len(rounds) > 2
-    first = {said[0]["content"]: [] for said in rounds[0]}
-    for said in rounds[1]:  # a second step goes on from a first one that was judged
-        first[said[0]["content"]].append(said[-1]["content"])
-    begun = {(said[0]["content"], said[-1]["content"].rstrip("\n")) for said in rounds[0]}
-    for question, texts in first.items():
-        heads = {head for asked_of, head in begun if asked_of == question}
-        assert all(any(text.startswith(head) for head in heads) for text in texts)
+    assert len(rounds) > 2 and len(rounds[0]) > 12
+    for question in LINES:
+        before, after = ([said for said in one if said[0]["content"] == question] for one in rounds[:2])
+        best = sorted(before, key=lambda said: -dots([said])[0])[:2]  # 8 candidates, of which one in 4 lives on
+        assert {said[-1]["content"].split("\n")[0] for said in after} <= {
+            said[-1]["content"].split("\n")[0] for said in best
+        }
     assert [answer(engine, [one], params, "step-beam", 8, dots)[0] for one in asked] == found
     for choice in found:
         assert choice.sample.score == dots([[{"content": choice.sample.text}]])[0]
-        assert choice.tokens >= choice.sample.tokens and len(choice.samples) <= 2  # 8 candidates, of which 2 live on
+        assert choice.tokens >= choice.sample.tokens and len(choice.samples) <= 2
 
 
 def test_a_search_finds_what_its_verifier_likes(engine: Engine, asked: list[Asked], params: SamplingParams) -> None:
@@ -237,5 +235,5 @@ def test_generate_thinks_longer(groundup: Callable, model: Transformer, tokenize
     assert groundup(*given, "--temperature", 0).code == 2
     said = groundup("generate", tmp_path / "m", "the cat", "--strategy", "best-of-n")
     assert said.code == 2 and "--verifier" in said.err
-    assert set(STRATEGIES) == {"majority", "best-of-n", "step-beam"}
-    assert torch.get_num_threads() >= 1
+    for strategy in STRATEGIES:
+        assert strategy in groundup("generate", "--help").out
