@@ -39,7 +39,7 @@ def group_advantages(rewards_N: Tensor, groups_N: Tensor, scale: Scale = "group"
 
 
 def leave_one_out(rewards_N: Tensor, groups_N: Tensor) -> Tensor:
-    """r - mean of the others in its group: RLOO, arXiv 2402.14740, equation 8. 0 where there are no others."""
+    """r - mean of the others in its group: RLOO, arXiv 2402.14740. 0 where there are no others."""
     rewards_N, group_N, groups = _grouped(rewards_N, groups_N)
     valid_N = ~rewards_N.isnan()
     count_N = _sums(valid_N.double(), valid_N, group_N, groups)[group_N]

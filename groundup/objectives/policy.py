@@ -32,7 +32,7 @@ KINDS: dict[PolicyKind, _Kind] = {
     "dapo": _Kind("token", "token"),  # arXiv 2503.14476, equation 8, with clip_high above clip_low
     "gspo": _Kind("sequence", "sequence"),  # arXiv 2507.18071, equations 5 and 7
     "cispo": _Kind("weight", "token"),  # arXiv 2506.13585, equations 4 and 5
-    "reinforce": _Kind("none", "token"),  # RLOO (arXiv 2402.14740, equation 8) with leave_one_out advantages
+    "reinforce": _Kind("none", "token"),  # RLOO (arXiv 2402.14740) with leave_one_out advantages
 }
 
 
