@@ -27,6 +27,7 @@ from groundup.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 Tools = list[dict[str, Any]] | None
+Read = tuple[list[int], list[int]]  # a conversation's ids, and the places whose scores are wanted
 BLOCK = 16  # tokens of a block of keys and values
 SHORTEST = 256  # of a row on a GPU, whose attention is compiled anew for each length
 
@@ -60,18 +61,20 @@ class Scorer:
     def score(self, conversations: Sequence[Sequence[Message]], tools: Tools = None) -> list[float]:
         """How good each conversation's last answer is: comparable among answers to one question, and where the model
         learnt right and wrong, log odds. UserError: one that cannot be rendered, or is longer than the context."""
-        if self.stepwise:
-            asked = [(list(said[:-1]), steps_of(said[-1]) or [""]) for said in conversations]
-            return [min(scores) for scores in self.score_steps(asked, tools)]
-        documents = [self.tokenizer.render(list(said), tools).ids for said in conversations]
-        return [scores[0] for scores in self.score_ids(documents, [[len(ids) - 1] for ids in documents])]
+        return [min(scores) for scores in self._scores([self._read(said, tools) for said in conversations])]
+
+    def score_fitting(self, conversations: Sequence[Sequence[Message]], tools: Tools = None) -> list[float | None]:
+        """As `score`; None for a conversation that is longer than the context."""
+        read = [self._read(said, tools) for said in conversations]
+        fits = [len(ids) <= self.context for ids, _ in read]
+        scores = iter(self._scores([one for one, good in zip(read, fits, strict=True) if good]))
+        return [min(next(scores)) if good else None for good in fits]
 
     def score_steps(
         self, solutions: Sequence[tuple[Sequence[Message], Sequence[str]]], tools: Tools = None
     ) -> list[list[float]]:
         """Of (prompt, steps) each: every step's score, given those before it."""
-        rendered = [render_steps(self.tokenizer, list(prompt), steps, tools) for prompt, steps in solutions]
-        return self.score_ids([ids for ids, _ in rendered], [ends for _, ends in rendered])
+        return self._scores([render_steps(self.tokenizer, list(prompt), steps, tools) for prompt, steps in solutions])
 
     @torch.inference_mode()
     def score_ids(self, documents: Sequence[Sequence[int]], places: Sequence[Sequence[int]]) -> list[list[float]]:
@@ -92,6 +95,16 @@ class Scorer:
                 found.append(values[: len(places[i])])
                 values = values[len(places[i]) :]
         return found
+
+    def _read(self, said: Sequence[Message], tools: Tools) -> Read:
+        """A conversation's ids, and where its scores stand: at its last token, or at the end of each step."""
+        if self.stepwise:
+            return render_steps(self.tokenizer, list(said[:-1]), steps_of(said[-1]) or [""], tools)
+        ids = self.tokenizer.render(list(said), tools).ids
+        return ids, [len(ids) - 1]
+
+    def _scores(self, read: Sequence[Read]) -> list[list[float]]:
+        return self.score_ids([ids for ids, _ in read], [places for _, places in read])
 
     def _hidden(self, documents: Sequence[Sequence[int]]) -> torch.Tensor:
         """What the score head reads of these documents' tokens, end to end, [N, D]."""
