@@ -2,11 +2,13 @@
 
 A thread would not do: a regular expression that never ends holds the interpreter, and nothing can stop it from within.
 The process is a fresh interpreter that imports the file once and then answers calls on its pipe, so a function may keep
-what it loaded. It ends when the pipe closes. What it prints goes to standard error.
+what it loaded. It ends when the pipe closes, and with its parent, however that ended: at once, or, where a call holds
+the interpreter, when the call's time is up. What it prints goes to standard error.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import importlib.util
 import inspect
 import json
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 START_SECONDS = 300.0  # to import a file, which may load a model
+GRACE = 2.0  # seconds by which a process outlives a call that its parent should have ended
 
 
 class CallError(Exception):
@@ -91,7 +94,7 @@ class Worker:
     def _ask(self, message: Any, seconds: float) -> Any:
         assert self.process and self.process.stdin
         try:
-            pickle.dump(message, self.process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
+            pickle.dump((seconds, message), self.process.stdin, protocol=pickle.HIGHEST_PROTOCOL)
             self.process.stdin.flush()
             line = self._answers.get(timeout=seconds)
         except queue.Empty:
@@ -142,9 +145,11 @@ def serve() -> None:
     function: Callable[..., Any] | None = None
     while True:
         try:
-            message = pickle.load(calls)
+            seconds, message = pickle.load(calls)
         except EOFError:
             return
+        # What holds the interpreter keeps `_end_with` from running, too; this clock needs no interpreter.
+        faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=2)
         try:
             if function is None:
                 function = load(Path(message[0]), message[1])
@@ -157,6 +162,7 @@ def serve() -> None:
         except BaseException as error:
             why = f"raised {type(error).__name__}: {error}"
             answer = {"kind": "raised", "why": why, "detail": traceback.format_exc()}
+        faulthandler.cancel_dump_traceback_later()
         answers.write(json.dumps(answer).encode() + b"\n")
         answers.flush()
 
