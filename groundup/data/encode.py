@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import chain
@@ -19,7 +20,12 @@ from groundup.errors import UserError
 if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
 
-KINDS = ("text", "chat", "preference", "unpaired", "stepwise", "outcome")
+# What a row of each kind is called, many of them; a pair among judged answers is two of those.
+UNITS = {
+    "text": "documents", "chat": "conversations", "preference": "pairs", "unpaired": "judged answers",
+    "stepwise": "solutions", "outcome": "answers",
+}  # fmt: skip
+KINDS = tuple(UNITS)
 MASKED = ("chat", "preference", "unpaired", "stepwise", "outcome")  # kinds of which only answers are trained
 JUDGED = ("stepwise", "outcome")  # kinds whose mask says 1 where something wrong ends, 2 where something right does
 BATCH = 1 << 18  # characters encoded at a time: what the tokenizer's library holds for them is 30 times that
@@ -57,8 +63,9 @@ class Encoded:
     """A chunk's documents. tokens, mask (1: trained; None: all) are flat; lengths, bytes, trained have one entry each.
 
     bytes: UTF-8 bytes of the trained text. trained: tokens that are some token's target.
-    lines: in the chunk, where it is a part of a file. context: answers that are not trained, as the chat template shows
-    them otherwise than they were said. wanted: of judged answers, 1 where the document's is a good one.
+    lines: in the chunk, where it is a part of a file. truncated: rows (UNITS) that were cut, and kept. context: answers
+    that are not trained, as the chat template shows them otherwise than they were said. wanted: of judged answers, 1
+    where the document's is a good one.
     """
 
     tokens: NDArray[Any]
@@ -95,7 +102,8 @@ class _Chunk:
     """The documents of one chunk, while they come in."""
 
     def __init__(self, tokenizer: Tokenizer, kind: str, max_len: int | None) -> None:
-        self.tokenizer, self.kind, self.max_len = tokenizer, kind, max_len
+        self.tokenizer, self.kind = tokenizer, kind
+        self.room = sys.maxsize if max_len is None else max_len
         self.dtype = token_dtype(tokenizer.vocab_size)
         self.ids: list[NDArray[Any]] = []
         self.masks: list[NDArray[np.uint8]] = []
@@ -175,19 +183,24 @@ class _Chunk:
         except UserError as error:
             self.bad.add(Fault(where, error.why, error.fix, error.detail))
             return
-        ids, mask = rendered.ids, rendered.mask
         self.context += len(rendered.context)
         if self.kind == "text":
             self._flush()  # documents keep the order of the file
-            self._add_document(np.array(ids, self.dtype), self._size(ids))
+            self._add_document(np.array(rendered.ids, self.dtype), self._size(rendered.ids))
             return
-        if self.max_len is not None and len(ids) > self.max_len:
-            ids, mask = truncate_chat(ids, mask, self.max_len, self.tokenizer.eos_id)
-            self.truncated += 1
+        self._add_cut(where, rendered.ids, rendered.mask)
+
+    def _add_cut(self, where: int | str, ids: list[int], mask: list[int]) -> bool:
+        """A conversation, cut to max_len; False where nothing of it would be trained then."""
+        longer = len(ids) > self.room
+        if longer:
+            ids, mask = truncate_chat(ids, mask, self.room, self.tokenizer.eos_id)
         if not sum(mask[1:]):
             self.dropped.add(Fault(where, "no token of it would be trained", "it needs an answer that fits into a row"))
-            return
+            return False
+        self.truncated += longer
         self._add_masked(ids, mask)
+        return True
 
     def _add_pair(self, where: int | str, row: Preference) -> None:
         """The chosen conversation, then the rejected one."""
@@ -200,13 +213,14 @@ class _Chunk:
         except UserError as error:
             self.bad.add(Fault(where, error.why, error.fix, error.detail))
             return
-        if self.max_len is not None and sum(len(ids) for ids, _ in sides) > self.max_len:
-            sides = truncate_pair(sides, self.max_len, self.tokenizer.eos_id)
-            self.truncated += 1
+        longer = sum(len(ids) for ids, _ in sides) > self.room
+        if longer:
+            sides = truncate_pair(sides, self.room, self.tokenizer.eos_id)
         if not all(sum(mask[1:]) for _, mask in sides) or sides[0][0] == sides[1][0]:
             why = "both sides are the same tokens, or none is left of one of them in a row"
             self.dropped.add(Fault(where, why, "both answers must fit into a row, with their prompts"))
             return
+        self.truncated += longer
         for ids, mask in sides:
             self._add_masked(ids, mask)
 
@@ -217,15 +231,8 @@ class _Chunk:
         except UserError as error:
             self.bad.add(Fault(where, error.why, error.fix, error.detail))
             return
-        ids, mask = rendered.ids, last_answers(rendered.mask, said)
-        if self.max_len is not None and len(ids) > self.max_len:
-            ids, mask = truncate_chat(ids, mask, self.max_len, self.tokenizer.eos_id)
-            self.truncated += 1
-        if not sum(mask[1:]):
-            self.dropped.add(Fault(where, "no token of it would be trained", "it needs an answer that fits into a row"))
-            return
-        self._add_masked(ids, mask)
-        self.wanted.append(wanted)
+        if self._add_cut(where, rendered.ids, last_answers(rendered.mask, said)):
+            self.wanted.append(wanted)
 
     def _add_judgements(self, where: int | str, row: Row) -> None:
         """A document with marks where something right or wrong ends."""
@@ -238,8 +245,8 @@ class _Chunk:
             self.bad.add(Fault(where, *_wrong_kind(row, self.kind)))
             return
         ids, ends, labels = found
-        if self.max_len is not None and len(ids) > self.max_len:
-            ends = [end for end in ends if end < self.max_len]
+        if len(ids) > self.room:
+            ends = [end for end in ends if end < self.room]
             ids = ids[: ends[-1] + 1] if ends else []
             self.truncated += bool(ends)
         if not ends:

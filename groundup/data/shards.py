@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from groundup.data.chunks import ByteRange, Chunk, Reading, Worker, chunks, identity
-from groundup.data.encode import JUDGED, KINDS, MASKED, NAMED, Encoded, Fault, Faults, encode_rows, token_dtype
+from groundup.data.encode import JUDGED, KINDS, MASKED, NAMED, UNITS, Encoded, Fault, Faults, encode_rows, token_dtype
 from groundup.data.pool import map_in_order
 from groundup.data.read import OnBad
 from groundup.data.records import file_kind
@@ -35,7 +35,7 @@ from groundup.errors import UserError
 if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
 
-VERSION = 3  # of what the folder holds and how it is made; part of its name
+VERSION = 4  # of what the folder holds and how it is made; part of its name
 ALONE = 8 << 20  # bytes of files below which starting processes takes longer than the work
 HASHED = 256 << 20  # files up to this size are known by all their bytes, larger ones by size, time and samples
 MAX_DROPPED = 0.01
@@ -52,7 +52,7 @@ class TokenShards:
     tokens: uint16 or uint32. mask: uint8, 1 where trained (chat only, else None: all are). offsets: int64, one more
     than documents. bytes: int32, UTF-8 bytes of the document's trained text. trained: int32, its tokens that are
     targets. wanted: uint8, 1 where the document's answer is a good one (unpaired only, else None). meta: rows,
-    documents, tokens, bad_rows, dropped_rows, truncated_rows, the first bad and dropped by name.
+    bad_rows, dropped_rows, truncated_rows (in UNITS of the kind), documents, tokens, the first bad and dropped by name.
     """
 
     path: Path
@@ -71,7 +71,7 @@ class TokenShards:
     @property
     def together(self) -> int:
         """Documents that belong together, side by side: the two of a pair, else 1."""
-        return 2 if self.meta["kind"] == "preference" else 1
+        return _together(self.meta["kind"])
 
     @property
     def judged(self) -> bool:
@@ -298,10 +298,11 @@ def _write(folder: Path, encoded: Iterator[Encoded], kind: str, dtype: Any, on_b
         for stream in streams.values():
             stream.flush()
             os.fsync(stream.fileno())
-    _check(documents, bad, dropped)
+    kept = documents // _together(kind)
+    _check(kept, bad, dropped, UNITS[kind])
     return {
         "kind": kind,
-        "rows": documents + bad.count + dropped.count,
+        "rows": kept + bad.count + dropped.count,
         "documents": documents,
         "tokens": tokens,
         "bad_rows": bad.count,
@@ -314,26 +315,30 @@ def _write(folder: Path, encoded: Iterator[Encoded], kind: str, dtype: Any, on_b
     }
 
 
-def _check(documents: int, bad: Faults, dropped: Faults) -> None:
-    if dropped.count > MAX_DROPPED * (documents + dropped.count):
+def _together(kind: str) -> int:
+    return 2 if kind == "preference" else 1
+
+
+def _check(kept: int, bad: Faults, dropped: Faults, units: str) -> None:
+    if dropped.count > MAX_DROPPED * (kept + dropped.count):
         first = dropped.first[0]
-        share = f"{dropped.count} of {documents + dropped.count} conversations train nothing; the first is here"
+        share = f"{dropped.count} of {kept + dropped.count} {units} train nothing; the first is here"
         raise UserError(first.where, f"{share}: {first.why}", f"{first.fix}: mend the rows or raise seq_len")
-    if not documents:
+    if not kept:
         first = bad.first[0] if bad.first else Fault("data", "holds no rows", "give a file with at least one row")
         raise UserError(first.where, f"no row can be used; the first: {first.why}", first.fix, first.detail)
 
 
 def _tell(meta: dict[str, Any], paths: Sequence[str | Path]) -> None:
     """Nothing is silent: what was left out, with an example each."""
-    for name, what in (("bad", "bad rows left out"), ("dropped", "conversations left out that train nothing")):
+    units = UNITS[meta["kind"]]
+    for name, what in (("bad", "bad rows left out"), ("dropped", f"{units} left out that train nothing")):
         if meta[f"{name}_rows"]:
             first = meta[name][0]
             log.warning("%d %s, the first at %s: %s", meta[f"{name}_rows"], what, first["where"], first["why"])
     if meta["truncated_rows"]:
-        log.warning(
-            "%d of %d conversations cut to a row (%s)", meta["truncated_rows"], meta["rows"], ", ".join(map(str, paths))
-        )
+        read = meta["rows"] - meta["bad_rows"]
+        log.warning("%d of %d %s cut to a row (%s)", meta["truncated_rows"], read, units, ", ".join(map(str, paths)))
     if meta["context_answers"] and meta["kind"] == "chat":
         why = "the chat template rewrites them once the chat goes on"
         how = "groundup data inspect FILE --tokenizer DIR shows it"

@@ -97,8 +97,8 @@ def test_a_solution_too_long_keeps_its_first_steps_and_an_answer_too_long_is_dro
 ) -> None:
     long = {"prompt": "what?", "completions": ["so it goes on"] * 30, "labels": [True] * 29 + [False]}
     data = opened([solution(1, [True]), long], tokenizer, tmp_path, "stepwise")
-    assert 2 < data.trained_tokens < 31 and "1 of 2 conversations cut to a row" in caplog.text
-    with pytest.raises(UserError, match=r"rows.jsonl:2: 1 of 2 conversations train nothing.*ends beyond a row"):
+    assert 2 < data.trained_tokens < 31 and "1 of 2 solutions cut to a row" in caplog.text
+    with pytest.raises(UserError, match=r"rows.jsonl:2: 1 of 2 answers train nothing.*ends beyond a row"):
         opened([solution(1, [True]), long], tokenizer, tmp_path, "outcome")
 
 
