@@ -206,11 +206,22 @@ def test_format(text: str, score: float) -> None:
     assert one(tagged, text) == score
 
 
+@pytest.mark.parametrize(
+    ("text", "score"),
+    [("<think>a</think>b", 1), ("<think>a</think>\n\nb", 1), ("<think>a</think>", 0), ("b", 0), ("b<think>a</think>b", 0),
+     ("<think> </think>b", 0), ("<think>a</think>b<think>c</think>", 0)],
+)  # fmt: skip
+def test_format_of_a_thought_and_an_answer_in_no_tags(text: str, score: float) -> None:
+    assert one(tagged, text, tags=["think", ""]) == score
+
+
 def test_format_in_other_tags_and_by_halves() -> None:
     assert one(tagged, "<plan>a</plan><do>b</do>", tags=["plan", "do"]) == 1
     assert one(tagged, "<think>a</think>b", partial=0.4) == 0.2  # two of four marks
     with pytest.raises(ValueError, match="tags"):
         tagged([], [], tags="think")
+    with pytest.raises(ValueError, match="tags"):
+        tagged([], [], tags=["", "think"])
 
 
 def test_length() -> None:
