@@ -29,24 +29,32 @@ class Thought(NamedTuple):
 
 
 def think_numbers(rng: Random, language: str, arithmetic: Arithmetic, held_out: bool) -> Thought:
-    """`7+8-5`: two steps, each a pair from the asked side of the split."""
+    """`7+8-5` in two steps, in one of the ways there are: 7+8 first or 8+7, or 7-5, or 8-5. Each step is a pair from the
+    asked side of the split. Several ways to think are what makes a vote over thoughts worth more than one thought."""
+
+    def fits(*pairs: tuple[int, int]) -> bool:
+        return all(arithmetic.is_held_out(*pair) == held_out for pair in pairs)
+
     a, b = arithmetic.pair(rng, held_out)
-    total = a + b
-    c = rng.randint(1, total - 1)
-    while arithmetic.is_held_out(total - c, c) != held_out:
+    c = rng.randint(1, a + b - 1)
+    while not fits((a + b - c, c)):
         a, b = arithmetic.pair(rng, held_out)
-        total = a + b
-        c = rng.randint(1, total - 1)
-    answer = total - c
+        c = rng.randint(1, a + b - 1)
+    answer = a + b - c
+    ways = []
+    for x, y in ((a, b), (b, a)):
+        ways.append((f"{x}+{y}={a + b}", f"{a + b}-{c}={answer}"))
+        less = x - c
+        if less > 0 and fits((less, c), (less, y)):
+            ways += [(f"{x}-{c}={less}", f"{p}+{q}={answer}") for p, q in ((less, y), (y, less))]
     ask = (
         f"{a}+{b}-{c}=?"
         if rng.random() < 0.5
         else {"en": f"What is {a}+{b}-{c}?", "zh": f"{a}+{b}-{c}等于多少？"}[language]
     )
-    stop = ". " if language == "en" else "。"
-    return Thought(
-        "three_numbers", THINK[language] + ask, f"{a}+{b}={total}{stop}{total}-{c}={answer}{stop.strip()}", str(answer)
-    )
+    first, second = rng.choice(ways)
+    stop = {"en": ". ", "zh": "。"}[language]
+    return Thought("three_numbers", THINK[language] + ask, f"{first}{stop}{second}{stop.strip()}", str(answer))
 
 
 def think_chain(rng: Random, language: str, people: list[Person], held_out: bool) -> Thought:

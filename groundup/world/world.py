@@ -160,7 +160,7 @@ class World:
     def reasoning_prompts(
         self, split: str = "train", count: int | None = None, seed: int = 0
     ) -> Iterator[ReasoningPrompt]:
-        """Prompts that ask to think first, with one right way to think and the answer to verify."""
+        """Prompts that ask to think first, with a right way to think and the answer to verify."""
         return _take(_in_turn([self._thoughts(language, split, seed) for language in LANGUAGES]), count)
 
     def _thoughts(self, language: str, split: str, seed: int) -> Iterator[ReasoningPrompt]:

@@ -133,6 +133,20 @@ def test_thoughts_lead_to_their_answers(world: World) -> None:
             assert int(c) == (int(a) + int(b) if sign == "+" else int(a) - int(b))
 
 
+def test_sums_are_thought_through_in_several_ways(world: World) -> None:
+    ways = {"sum first": 0, "difference first": 0}
+    for prompt in world.reasoning_prompts("train", 400):
+        if prompt.kind == "three_numbers":
+            a, b, c = map(int, re.findall(r"\d+", prompt.messages[0]["content"]))
+            steps = re.findall(r"(\d+)([+-])(\d+)=(\d+)", prompt.reasoning)
+            assert sorted(sign for _, sign, _, _ in steps) == ["+", "-"] and int(steps[1][3]) == a + b - c
+            ways["sum first" if steps[0][1] == "+" else "difference first"] += 1
+            for x, sign, y, z in steps:
+                pair = (int(x), int(y)) if sign == "+" else (int(z), int(y))
+                assert not world.arithmetic.is_held_out(*pair)
+    assert min(ways.values()) > 40
+
+
 def test_tool_episodes_hold_what_the_tools_return(world: World) -> None:
     names = set()
     for episode in world.tool_episodes("train", 100):
