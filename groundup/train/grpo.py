@@ -60,7 +60,7 @@ class GRPO(OnPolicy):
     def judge(self, experiences: list[Experience]) -> dict[str, float]:
         self.measure_logprobs(experiences, old=self.updates > 1)
         told = self.kl_of(experiences)
-        rewards_N = self.scaled_rewards(experiences)
+        rewards_N = self.grader.scaled(experiences)
         numbers_N = torch.tensor([one.number for one in experiences], dtype=torch.int64)
         if self.rl.loss == "reinforce++":
             self._reinforce(experiences, rewards_N, numbers_N)

@@ -19,19 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from groundup.config import Recipe, RLConfig
-from groundup.data.mix import permutation
-from groundup.data.rows import Prompt
 from groundup.device import autocast, pick_dtype
 from groundup.errors import UserError
 from groundup.model.transformer import Transformer
-from groundup.objectives.advantages import overlong_penalty
 from groundup.objectives.documents import Documents
 from groundup.objectives.policy import KINDS, AdaptiveKL, PolicyKind, importance_weights, policy_count, policy_loss
 from groundup.ops.loss import selective_logprobs_and_entropy
-from groundup.rewards.build import build_rewards
 from groundup.rewards.episode import ToolUse
 from groundup.rewards.tools import build_tools
 from groundup.tokenizer import Tokenizer
+from groundup.train.drift import Drift
 from groundup.train.experience import (
     Experience,
     RolloutBatch,
@@ -41,15 +38,16 @@ from groundup.train.experience import (
     to_tensors,
     unpack_column,
 )
-from groundup.train.health import Graded, Samples, Sums, check, measure
-from groundup.train.prompts import Prompts, Stream, columns_of, open_prompts, shares
+from groundup.train.grading import Grader
+from groundup.train.health import Samples, Sums, check, measure
+from groundup.train.prompts import Prompts, open_prompts, shares
 from groundup.train.reference import Reference, reference_of, refuse_dropout, token_logps, without_dropout
-from groundup.train.rollout import Answer, Sampler
+from groundup.train.rollout import Sampler
 from groundup.train.stage import Place, Stage
 from groundup.train.start import Start
 
 log = logging.getLogger(__name__)
-PROMPTS, SHARES, HELD_OUT = 11, 12, 13  # so that one seed makes unrelated choices
+SHARES = 12  # so that one seed makes unrelated choices
 CLOCK = "rollout_seconds"
 BROKEN = 0.01  # mean difference of the engine's and the trainer's probabilities from which ratios mean nothing
 
@@ -68,8 +66,7 @@ class OnPolicy(Stage):
             why = f"{self.rl.prompts} prompts are too few for {place.world.size} ranks"
             raise UserError("rl.prompts", why, "use one a rank at least")
         self.fingerprint = {"prompts": len(data.train), "characters": data.characters}
-        self.rewards = build_rewards(self.rl.rewards, seconds=self.rl.reward_seconds, tokenizer=tokenizer)
-        self.rewards.check(columns_of([*data.train, *data.val]))
+        self.grader = Grader(data, recipe, place.world, tokenizer)
         self.tools = tools_of(recipe)
         self.samples = Samples(recipe.output, self.rl.samples if place.world.main else 0)
         self.adaptive = AdaptiveKL(self.beta0, self.rl.kl_target or 1.0, self.rl.kl_horizon)
@@ -78,8 +75,7 @@ class OnPolicy(Stage):
         self.counts: list[float] = []  # of each optimizer step of the round, over all ranks
         self.told: dict[int, dict[str, float]] = {}  # figures by round: of this one and the one before
         self.trained_round = 0
-        self.watched = _nothing_watched()
-        self.scale = torch.zeros(3, dtype=torch.float64)  # count, sum and sum of squares of all rewards so far
+        self.drift = Drift(place.world)
         self.warned: set[str] = set()
 
     @classmethod
@@ -160,44 +156,21 @@ class OnPolicy(Stage):
 
     def figures(self) -> dict[str, float]:
         """Of the round that was trained last, and the extremes of ratios since the last line."""
-        watched = self.place.world.gather(torch.stack([self.watched[name].cpu() for name in WATCHED]))
-        low, high = min(float(one[0]) for one in watched), max(float(one[1]) for one in watched)
-        drift, tokens = (sum(float(one[i]) for one in watched) for i in (2, 3))
-        if tokens and drift / tokens > BROKEN:
+        extremes, difference = self.drift.read()
+        if difference > BROKEN:
             why = "the engine's probabilities differ from the trainer's by %.3f in the mean: ratios mean little then"
-            self._warn("drift", why, drift / tokens)
-        self.watched |= {"low": torch.tensor(math.inf), "high": torch.tensor(-math.inf)}
-        self.watched |= {"drift": torch.tensor(0.0), "tokens": torch.tensor(0.0)}
-        extremes = {"ratio_min": low, "ratio_max": high} if low <= high else {}
+            self._warn("drift", why, difference)
         return {**self.told.get(self.trained_round, {}), **extremes}
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Greedy answers to the same `eval_rows` held-out prompts each time: mean reward and its parts."""
-        val, world = self.prompts.val, self.place.world
-        if not val:
-            return {}
-        chosen = permutation(len(val), self.recipe.seed, HELD_OUT)[: self.config.eval_rows][world.rank :: world.size]
-        prompts = [val[i] for i in chosen]
-        graded = self._grade(prompts, self.sampler.sample(prompts, 0, n=1, temperature=0.0), chosen.tolist())
-        sums = Sums()
-        for one in graded:
-            if one.judged:
-                sums.add("val_reward", one.experience.reward)
-            for name, value in one.parts.items():
-                if not math.isnan(value):
-                    sums.add(f"val_reward/{name}", value)
-            sums.add("val_length", one.experience.length)
-            sums.add("val_truncated", one.experience.truncated)
-        total = sums.total(world)
-        figures = {name: total.mean(name) for name in total.sums}
-        return {"val_loss": -figures.get("val_reward", 0.0), **figures}
+        return self.grader.held_out(self.sampler)
 
     # A round
 
     def _begin(self, step: int) -> None:
         """Ask, answer, grade, judge."""
         began, self.round, self.begun_at = time.perf_counter(), self.round + 1, step
-        graded, first = self._collect()
+        graded, first = self.grader.collect(self.sampler, self.round)
         told = measure(first, self.place.world)
         check(told, self.rl, step, self.recipe)
         self._tell(told, step)
@@ -226,68 +199,6 @@ class OnPolicy(Stage):
     def judge(self, experiences: list[Experience]) -> dict[str, float]:
         """Give every answer its columns beside mask and engine, `advantages` at least. Returns figures. A collective
         call."""
-
-    def _collect(self) -> tuple[list[Graded], list[Graded]]:
-        """This rank's graded answers of the round, and those of each prompt's first asking.
-
-        Prompts whose answers are all worth the same give way to others, `dynamic_sampling` times (DAPO, arXiv
-        2503.14476, section 3.2). What comes in a prompt's place depends on its number, so no rank asks another.
-        """
-        world, size = self.place.world, self.rl.prompts
-        kept: dict[int, list[Graded]] = {}
-        first: list[Graded] = []
-        waiting = list(range(world.rank, size, world.size))
-        for attempt in range(1 + self.rl.dynamic_sampling):
-            stream = Stream(len(self.prompts.train), self.recipe.seed, PROMPTS + (attempt << 8))
-            places = stream.at([self.round * size + number for number in waiting])
-            prompts = [self.prompts.train[place] for place in places]
-            answers = self.sampler.sample(prompts, self.round, [number + attempt * size for number in waiting])
-            graded = self._grade(prompts, answers, waiting)
-            first = first or graded
-            kept |= {number: [one for one in graded if one.experience.number == number] for number in waiting}
-            waiting = [number for number in waiting if _equal(kept[number])]
-            if not waiting:
-                break
-        return [one for number in sorted(kept) for one in kept[number]], first
-
-    def _grade(self, prompts: Sequence[Prompt], answers: Sequence[Answer], numbers: Sequence[int]) -> list[Graded]:
-        """Answers with their rewards, their penalties among them."""
-        asked = [prompts[answer.prompt] for answer in answers]
-        texts = [answer.text for answer in answers]
-        told = columns_of(asked) | {"completion_ids": [answer.ids for answer in answers]}
-        totals, parts = self.rewards([prompt.messages for prompt in asked], texts, told)
-        graded = []
-        for i, (answer, prompt) in enumerate(zip(answers, asked, strict=True)):
-            reward, each = float(totals[i]), {name: float(values[i]) for name, values in parts.items()}
-            for name, value in self._penalties(answer).items():
-                reward, each[name] = reward + value, value
-            spoken = torch.tensor(answer.mask, dtype=torch.float32)
-            left_out = math.isnan(reward) or (answer.truncated and self.rl.mask_truncated_completions)
-            columns = {"mask": spoken * (not left_out), "engine": torch.tensor(answer.logprobs), "spoken": spoken}
-            ids, start = answer.prompt_ids + answer.ids, len(answer.prompt_ids)
-            experience = Experience(numbers[answer.prompt], ids, start, answer.truncated, reward, columns)
-            graded.append(Graded(experience, prompt, answer.text, each))
-        return graded
-
-    def _penalties(self, answer: Answer) -> dict[str, float]:
-        found = {}
-        if self.rl.overlong_buffer:
-            length = torch.tensor([len(answer.ids)])
-            found["overlong"] = float(overlong_penalty(length, self.rl.max_tokens, self.rl.overlong_buffer))
-        if self.rl.missing_eos_penalty:
-            found["missing_eos"] = -self.rl.missing_eos_penalty * answer.truncated
-        return found
-
-    def scaled_rewards(self, experiences: Sequence[Experience]) -> Tensor:
-        """Rewards as they are learnt from: over their deviation so far, and clipped, where the recipe says so."""
-        rewards_N = torch.tensor([one.reward for one in experiences], dtype=torch.float64)
-        if self.rl.reward_norm:
-            own = rewards_N[~rewards_N.isnan()]
-            self.scale += torch.tensor(self.place.world.sum([len(own), float(own.sum()), float(own.square().sum())]))
-            count, total, squares = self.scale.tolist()
-            deviation = math.sqrt(max(squares - total**2 / max(count, 1.0), 0.0) / max(count - 1, 1.0))
-            rewards_N = rewards_N / (deviation + 1e-8) if deviation > 0 else rewards_N
-        return rewards_N.clamp(-self.rl.reward_clip, self.rl.reward_clip) if self.rl.reward_clip else rewards_N
 
     def measure_logprobs(self, experiences: Sequence[Experience], old: bool) -> None:
         """Columns `old` (where wanted) and `reference` (where there is one): the trainer's own, over packed rows."""
@@ -383,29 +294,17 @@ class OnPolicy(Stage):
             metrics["probability_difference"] = difference_BT[mask_BT].sum()
         else:
             metrics["probability_difference"] = Documents(batch.doc_ids_BT).mean(difference_BT, mask_BT).sum()
-        self._watch(batch, (logprobs_BT.detach() - old_BT)[mask_BT].exp(), difference_BT[mask_BT], metrics, count)
+        self.trained_round = batch.round
+        ratio_M = (logprobs_BT.detach() - old_BT)[mask_BT].exp()
+        self.drift.note(ratio_M, difference_BT[mask_BT], metrics["approx_kl"].detach(), count)
         return total, count, metrics
-
-    def _watch(
-        self, batch: RolloutBatch, ratio_M: Tensor, difference_M: Tensor, metrics: dict[str, Tensor], count: Tensor
-    ) -> None:
-        """Note what no sum over a count can say; nothing here waits for a GPU."""
-        watched, self.trained_round = self.watched, batch.round
-        watched["kl"] = watched["kl"].to(count.device) + metrics["approx_kl"].detach()
-        watched["count"] = watched["count"].to(count.device) + count
-        if ratio_M.numel():
-            watched["low"] = torch.minimum(watched["low"].to(ratio_M.device), ratio_M.min())
-            watched["high"] = torch.maximum(watched["high"].to(ratio_M.device), ratio_M.max())
-            watched["drift"] = watched["drift"].to(ratio_M.device) + difference_M.sum()
-            watched["tokens"] = watched["tokens"].to(ratio_M.device) + difference_M.numel()
 
     def _left_early(self, step: int) -> bool:
         """Whether the last step took the policy too far from where the round was sampled. A collective call."""
         if not self.rl.kl_stop:
             return False
-        kl, count = self.place.world.sum([float(self.watched["kl"]), float(self.watched["count"])])
-        self.watched |= {"kl": torch.tensor(0.0), "count": torch.tensor(0.0)}
-        return step > self.begun_at and kl / max(count, 1.0) > self.rl.kl_stop
+        kl = self.drift.read_kl()
+        return step > self.begun_at and kl > self.rl.kl_stop
 
     def _warn(self, name: str, text: str, *values: Any) -> None:
         """Once a run."""
@@ -418,14 +317,13 @@ class OnPolicy(Stage):
     def state(self) -> dict[str, Tensor]:
         if self.round < 0:
             return {}
-        known = {
-            name: v for name, v in self.told[self.round].items() if name != CLOCK
-        }  # no clock in what must be equal
+        # no clock in what must be equal
+        known = {name: value for name, value in self.told[self.round].items() if name != CLOCK}
         told = {f"figure {name}": torch.tensor(v, dtype=torch.float64) for name, v in known.items()}
-        watched = {f"watched {name}": value.detach().double().cpu() for name, value in self.watched.items()}
+        watched = {f"watched {name}": value.detach().double().cpu() for name, value in self.drift.noted.items()}
         where = {"round": torch.tensor(self.round), "begun_at": torch.tensor(self.begun_at)}
-        beta = torch.tensor(self.beta, dtype=torch.float64)
-        return {**to_tensors(self.experiences), **told, **watched, **where, "beta": beta, "scale": self.scale.clone()}
+        goes_on = {"beta": torch.tensor(self.beta, dtype=torch.float64), "scale": self.grader.scale.clone()}
+        return {**to_tensors(self.experiences), **told, **watched, **where, **goes_on}
 
     def restore(self, states: list[dict[str, Tensor]]) -> None:
         if not states:
@@ -433,12 +331,12 @@ class OnPolicy(Stage):
         world, common = self.place.world, states[0]
         self.round = self.trained_round = int(common["round"])
         self.begun_at = int(common["begun_at"])
-        self.adaptive.beta, self.scale = float(common["beta"]), common["scale"].clone()
+        self.adaptive.beta, self.grader.scale = float(common["beta"]), common["scale"].clone()
         self.told = {self.round: _named(common, "figure ")}
         everyone = sorted((one for state in states for one in from_tensors(state)), key=lambda one: one.number)
         self.experiences = [one for one in everyone if one.number % world.size == world.rank]
         if world.rank < len(states):
-            self.watched = {k: torch.tensor(v).float() for k, v in _named(states[world.rank], "watched ").items()}
+            self.drift.noted = {k: torch.tensor(v).float() for k, v in _named(states[world.rank], "watched ").items()}
         self._count()
 
 
@@ -448,21 +346,5 @@ def tools_of(recipe: Recipe) -> ToolUse | None:
     return ToolUse(build_tools(specs, seconds=recipe.rl.tool_seconds)) if specs else None
 
 
-WATCHED = ("low", "high", "drift", "tokens", "kl", "count")
-
-
-def _nothing_watched() -> dict[str, Tensor]:
-    """Extremes of ratios, and sums over tokens, since the last line of metrics; kl and count since the last step."""
-    return {"low": torch.tensor(math.inf), "high": torch.tensor(-math.inf)} | {
-        name: torch.tensor(0.0) for name in WATCHED[2:]
-    }
-
-
 def _named(tensors: dict[str, Tensor], prefix: str) -> dict[str, float]:
     return {key.removeprefix(prefix): float(t) for key, t in tensors.items() if key.startswith(prefix)}
-
-
-def _equal(group: Sequence[Graded]) -> bool:
-    """Whether nothing can be learnt from these answers."""
-    rewards = [one.experience.reward for one in group if one.judged]
-    return not rewards or max(rewards) == min(rewards)

@@ -154,7 +154,7 @@ class PPO(OnPolicy):
         names = ("mask", "costs", "values")
         mask_NL, costs_NL, values_NL = (stacked(experiences, name) for name in names)
         documents_NL = torch.zeros_like(mask_NL, dtype=torch.int32)  # one a row
-        scores_N = self.scaled_rewards(experiences).nan_to_num(0.0).float()
+        scores_N = self.grader.scaled(experiences).nan_to_num(0.0).float()
         rewards_NL = token_rewards(scores_N, costs_NL, documents_NL, mask_NL)
         if self.rl.whiten_rewards:
             rewards_NL = whiten(rewards_NL, mask_NL, shift_mean=False, sums=add)
