@@ -80,6 +80,10 @@ class RLConfig(Section):
     importance_cap: float = Field(
         0.0, ge=0, description="weigh tokens by trainer's over engine's probability, at most this; 0: off"
     )
+    importance_level: Literal["token", "sequence"] = Field("token", description="or those of whole answers")
+    importance_over: Literal["truncate", "mask"] = Field(
+        "truncate", description="weights above importance_cap become it, or 0: not trained"
+    )
     entropy_coef: float = Field(0.0, ge=0, description="times the entropy, taken off the loss")
     beta: float | None = Field(None, ge=0, description="times the KL from the reference; default: grpo 0, ppo .05")
     kl_in: Literal["loss", "reward"] | None = Field(None, description="where it goes; default: grpo loss, ppo reward")

@@ -15,13 +15,13 @@ from torch import Tensor
 from groundup.objectives.advantages import Sums
 from groundup.objectives.documents import Documents
 
-PolicyKind = Literal["ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo", "reinforce"]
+PolicyKind = Literal["ppo", "grpo", "dr_grpo", "dapo", "gspo", "cispo"]
 KLKind = Literal["k1", "k2", "k3"]
 LARGEST_LOG = 20.0  # logs of ratios are held within this before exp: one absurd token must not become an infinity
 
 
 class _Kind(NamedTuple):
-    ratio: Literal["token", "sequence", "weight", "none"]  # weight: clipped, and no gradient goes through it
+    ratio: Literal["token", "sequence", "weight"]  # weight: clipped, and no gradient goes through it
     mean: Literal["token", "sequence", "fixed"]  # over all tokens; of each completion; its sum / max_tokens
 
 
@@ -32,7 +32,6 @@ KINDS: dict[PolicyKind, _Kind] = {
     "dapo": _Kind("token", "token"),  # arXiv 2503.14476, equation 8, with clip_high above clip_low
     "gspo": _Kind("sequence", "sequence"),  # arXiv 2507.18071, equations 5 and 7
     "cispo": _Kind("weight", "token"),  # arXiv 2506.13585, equations 4 and 5
-    "reinforce": _Kind("none", "token"),  # RLOO (arXiv 2402.14740) with leave_one_out advantages
 }
 
 
@@ -203,8 +202,6 @@ def _surrogate(
     delta: float | None,
 ) -> Tensor:
     """The loss of each token."""
-    if how.ratio == "none":
-        return -advantages_BT * logprobs_BT
     clipped_BT = ratio_BT.clamp(1 - clip_low, 1 + clip_high)
     if how.ratio == "weight":
         return -clipped_BT.detach() * advantages_BT * logprobs_BT

@@ -99,6 +99,9 @@ class OnPolicy(Stage):
             cut = "top_p" if rl.top_p < 1 else "top_k"
             why = "answers drawn from a part of the distribution are not the policy's own"
             raise UserError(f"rl.{cut}", why, "leave it off, or account for it with rl.importance_cap=2")
+        for key in ("importance_level", "importance_over"):
+            if getattr(rl, key) != getattr(default, key) and not rl.importance_cap:
+                raise UserError(f"rl.{key}", "there are no weights without a cap", "set rl.importance_cap=2, too")
         if rl.kl_target and not rl.beta:
             raise UserError("rl.kl_target", "there is no beta to steer", "set rl.beta, where it starts")
         refuse_dropout(recipe)
@@ -280,7 +283,8 @@ class OnPolicy(Stage):
         advantages_BT = torch.zeros_like(logprobs_BT) if batch.advantages_BT is None else batch.advantages_BT
         importance_BT = None
         if rl.importance_cap:
-            importance_BT = importance_weights(old_BT, engine_BT, mask_BT, batch.doc_ids_BT, rl.importance_cap)
+            how = rl.importance_cap, rl.importance_level, rl.importance_over
+            importance_BT = importance_weights(old_BT, engine_BT, mask_BT, batch.doc_ids_BT, *how)
         in_loss = self.reference is not None and rl.kl_in == "loss"
         reference_BT = batch.reference_BT if batch.reference_BT is not None else old_BT  # a row of filler has none
         total, count, metrics = policy_loss(

@@ -109,6 +109,29 @@ def test_several_steps_on_a_round_use_its_old_probabilities(root: Path, tmp_path
     assert stage.round == 0 and stage.fetch(3, 1) and stage.round == 0 and stage.fetch(4, 1) and stage.round == 1
 
 
+@pytest.mark.parametrize("over", ["truncate", "mask"])
+@pytest.mark.parametrize("level", ["token", "sequence"])
+def test_an_engine_that_differs_is_accounted_for(level: str, over: str, root: Path, tmp_path: Path) -> None:
+    keys = {"rl.importance_cap": 1.1, "rl.importance_level": level, "rl.importance_over": over}
+    stage, model = stage_of(rl_recipe(root, tmp_path, **keys))
+    batch = stage.fetch(0, 1)[0]
+    noise_BT = torch.randn(batch.engine_BT.shape, generator=torch.Generator().manual_seed(1))
+    batch.engine_BT = batch.engine_BT + 0.1 * noise_BT
+    with torch.no_grad():
+        total, _, _ = stage.loss(model, batch)
+        now_BT = token_logps(model, batch, 1.0)
+    expected, above = 0.0, 0
+    for row, docs_T in enumerate(batch.doc_ids_BT):
+        for doc in docs_T[docs_T >= 0].unique():
+            own_T = (docs_T == doc) & batch.mask_BT[row]
+            logs_M = (now_BT - batch.engine_BT)[row, own_T]
+            weights_M = (logs_M if level == "token" else logs_M.sum().expand_as(logs_M)).exp()
+            above += int((weights_M > 1.1).sum())
+            weights_M = torch.where(weights_M > 1.1, 1.1 if over == "truncate" else 0.0, weights_M)
+            expected -= float((weights_M * batch.advantages_BT[row, own_T]).mean())
+    assert above and float(total) == pytest.approx(expected, abs=1e-4)
+
+
 def test_the_gradient_is_that_of_the_plain_formula(root: Path, tmp_path: Path) -> None:
     """Packed rows, micro-batches and the chunked head against each answer by itself with all its logits."""
     values = rl_recipe(root, tmp_path, **{"rl.minibatches": 1, "rl.temperature": 0.8, "train.batch_size": 1})
@@ -288,6 +311,7 @@ def test_a_broken_reward_is_named(function: str, said: str, root: Path, tmp_path
         ({"rl.minibatches": 3}, "4 prompts make no 3 equal parts"),
         ({"rl.lam": 0.9}, "rl.lam: stage grpo does not read it"),
         ({"rl.kl_target": 1.0}, "no beta to steer"),
+        ({"rl.importance_over": "mask"}, "rl.importance_over: there are no weights without a cap"),
         ({"adapt": {"method": "lora", "dropout": 0.1}}, "adapt.dropout"),
         ({"rl.max_tokens": 64}, "train.seq_len"),
         ({"rl.max_tokens": 40}, "prompts are too long, the first is here"),
