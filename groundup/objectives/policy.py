@@ -30,8 +30,8 @@ KINDS: dict[PolicyKind, _Kind] = {
     "grpo": _Kind("token", "sequence"),  # arXiv 2402.03300, equation 3
     "dr_grpo": _Kind("token", "fixed"),  # arXiv 2503.20783, section 3.2
     "dapo": _Kind("token", "token"),  # arXiv 2503.14476, equation 8, with clip_high above clip_low
-    "gspo": _Kind("sequence", "sequence"),  # arXiv 2507.18071, equations 5 and 7
-    "cispo": _Kind("weight", "token"),  # arXiv 2506.13585, equations 4 and 5
+    "gspo": _Kind("sequence", "sequence"),  # arXiv 2507.18071, equation 5
+    "cispo": _Kind("weight", "token"),  # arXiv 2506.13585
 }
 
 
