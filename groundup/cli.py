@@ -73,6 +73,9 @@ def quickstart(
     output: Annotated[Path, typer.Option(help="Run folder. The same folder again goes on where it was.")] = Path(
         "out/quickstart"
     ),
+    full: Annotated[
+        bool, typer.Option("--full", help="Then reward model, DPO, PPO, GRPO, distillation, votes: 15 minutes more.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Zero to chat: tokenizer, pretraining, fine-tuning, evaluation and a report, within a budget of minutes."""
@@ -81,7 +84,7 @@ def quickstart(
     if more_data and not data:
         raise UserError(more_data[0], "unexpected argument", "give own files after --data")
     files = [*(data or []), *(more_data or [])]
-    report = run(minutes=minutes, data=files, depth=depth, seed=seed, output=output)
+    report = run(minutes=minutes, data=files, depth=depth, seed=seed, output=output, full=full)
     text = "\n".join(
         ["", *_summary(report), f"report: {output / 'report.md'}", *map("next: {}".format, report["next_commands"])]
     )

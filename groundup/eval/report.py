@@ -56,8 +56,9 @@ def write_report(output_dir: str | Path, data: dict[str, Any]) -> dict[str, Any]
     """Write report.md, report.json, curves.png and accuracy.png into a folder; return what report.json holds.
 
     data: {"title", "machine": dict, "derived": dict, "stages": [{"name", "seconds", "tokens", "metrics": dict, and
-    optionally "before": dict of the same metrics}], "baseline": dict of metrics, "samples": [{"question", "answer",
-    "expected"}], "curves": {stage: path of its metrics.jsonl}, "next_commands": [str]}. All but stages may be missing.
+    optionally "before": dict of the same metrics, or "wanted": {metric: text}, for a table apart}], "baseline": dict of
+    metrics, "samples": [{"question", "answer", "expected"}], "curves": {stage: path of its metrics.jsonl},
+    "next_commands": [str]}. All but stages may be missing.
     Exact match is held against the stage above (the questions are the same), bits per byte only against the stage's own
     "before" (each stage has held-out text of its own). A figure that is not finite is written as null.
     Raises UserError when the folder cannot be written.
@@ -90,9 +91,11 @@ def _finite(value: Any) -> Any:
 
 def render(report: dict[str, Any]) -> str:
     """The Markdown page of a report."""
-    stages = report["stages"]
+    stages = [stage for stage in report["stages"] if "wanted" not in stage]
     parts = [f"# {report.get('title', 'Report')}", _summary(report, stages)]
     parts += ["## Stages 各阶段", _stage_table(stages, report.get("baseline") or {})]
+    if aligned := [stage for stage in report["stages"] if "wanted" in stage]:
+        parts += ["## After fine-tuning 微调之后", _aligned_table(aligned)]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in report["plots"]]
     if kinds := stages[-1]["metrics"].get("kinds") if stages else None:
         parts += ["## Exact match by kind 各类问题", _kind_table(kinds)]
@@ -132,6 +135,18 @@ def _stage_table(stages: Sequence[dict[str, Any]], baseline: dict[str, Any]) -> 
         rows.append([stage["name"], _seconds(stage.get("seconds")), tokens, *cells])
         above |= {key: metrics[key] for key in COMPARED if metrics.get(key) is not None}
     return _table(["stage", "time", "tokens", *(COLUMNS[key] for key in columns)], rows)
+
+
+def _aligned_table(stages: Sequence[dict[str, Any]]) -> str:
+    """A row a figure: what was wanted of it (at least, or at most where it says so), and what came out."""
+    rows = []
+    for stage in stages:
+        name, seconds = stage["name"], _seconds(stage.get("seconds"))
+        for key, value in stage["metrics"].items():
+            aim = stage["wanted"].get(key, "")
+            rows.append([name, seconds, key.replace("_", " "), f"**{_figure_text(value)}**", aim])
+            name = seconds = ""
+    return _table(["stage", "time", "figure", "got", "wanted"], rows)
 
 
 def _kind_table(kinds: dict[str, dict[str, float]]) -> str:

@@ -26,6 +26,7 @@ from groundup.quickstart.corpus import SAMPLE, Corpus, OwnData, WorldData
 from groundup.tokenizer import Tokenizer, report, train_tokenizer
 from groundup.train.run import STAGES, train
 
+FULL_MINUTES = 10.0  # with fewer, the stages after fine-tuning are shorter, too
 FIRST = ("pretrain", "sft")  # the stages that make a model of nothing
 
 
@@ -35,19 +36,23 @@ def quickstart(
     depth: int | None = None,
     seed: int = 0,
     output: str | Path = "out/quickstart",
+    full: bool = False,
 ) -> dict[str, Any]:
     """Run everything and return what report.json holds.
 
     minutes: training time in all. data: files in any known format (text to pretraining, chats to SFT) instead of the
-    built-in world. depth: layers, instead of what fits the budget. UserError where an input cannot be used.
+    built-in world. depth: layers, instead of what fits the budget. full: go on through reward model, DPO, PPO, GRPO,
+    distillation and votes (full.py), on the built-in world alone. UserError where an input cannot be used.
     """
     if minutes <= 0:
         raise UserError("--minutes", f"{minutes:g} is no budget", "give a positive number of minutes")
     own = [str(path) for path in data or []]
+    if full and own:
+        raise UserError("--full", "needs the built-in world, whose answers can be graded", "leave --data out")
     settings = {"minutes": minutes, "data": own, "depth": depth, "seed": seed}
     steps = Journal(Path(output), settings)
     corpus: Corpus = OwnData(own) if own else WorldData(Path(output) / "data", seed)
-    return _run(steps, corpus, settings)
+    return _run(steps, corpus, settings, full)
 
 
 Differs = Callable[[Path, dict[str, Any], dict[str, Any]], UserError]
@@ -93,11 +98,13 @@ def say(text: str) -> None:
     print(f"[{time.strftime('%H:%M:%S')}] {text}", file=sys.stderr, flush=True)
 
 
-def _run(steps: Journal, corpus: Corpus, settings: dict[str, Any]) -> dict[str, Any]:
+def _run(steps: Journal, corpus: Corpus, settings: dict[str, Any], full: bool) -> dict[str, Any]:
     """All steps in order; each is skipped when the journal has it."""
     from groundup.device import describe, keep_memory, set_threads
     from groundup.eval.report import write_report
+    from groundup.quickstart.full import Start, align
     from groundup.tokenizer import load_tokenizer
+    from groundup.world import World
 
     output = steps.output
     set_threads()
@@ -120,16 +127,19 @@ def _run(steps: Journal, corpus: Corpus, settings: dict[str, Any]) -> dict[str, 
         figures = {key: result[key] for key in ("name", "seconds", "tokens", "steps", "parameters")}
         stages.append({**figures, "metrics": {**result["metrics"], **held}})
     samples = steps.step("sample answers", lambda: _samples(corpus, model))
+    curves = {name: output / name / "metrics.jsonl" for name in FIRST if files[name]}
+    share = min(1.0, settings["minutes"] / FULL_MINUTES)
+    aligned = align(steps, Start(model, output, World(settings["seed"]), settings["seed"], share)) if full else []
     return write_report(
         output,
         {
             "title": "groundup quickstart",
             "machine": machine,
             "derived": plan["derived"],
-            "stages": stages,
+            "stages": [*stages, *aligned],
             "baseline": baseline,
             "samples": samples,
-            "curves": {name: output / name / "metrics.jsonl" for name in FIRST if files[name]},
+            "curves": curves,
             "next_commands": [
                 f"groundup chat {model}",
                 f"groundup eval {model}" + ("" if settings["data"] else " --world"),

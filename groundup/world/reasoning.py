@@ -29,8 +29,8 @@ class Thought(NamedTuple):
 
 
 def think_numbers(rng: Random, language: str, arithmetic: Arithmetic, held_out: bool) -> Thought:
-    """`7+8-5` in two steps, in one of the ways there are: 7+8 first or 8+7, or 7-5, or 8-5. Each step is a pair from the
-    asked side of the split. Several ways to think are what makes a vote over thoughts worth more than one thought."""
+    """`7+8-5` in two steps, in one of the ways there are: 7+8 first, or 7-5, or 8-5. Each step is a pair from the asked
+    side of the split. Several ways to think are what makes a vote over thoughts worth more than one thought."""
 
     def fits(*pairs: tuple[int, int]) -> bool:
         return all(arithmetic.is_held_out(*pair) == held_out for pair in pairs)

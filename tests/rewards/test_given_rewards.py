@@ -208,9 +208,16 @@ def test_format(text: str, score: float) -> None:
 
 @pytest.mark.parametrize(
     ("text", "score"),
-    [("<think>a</think>b", 1), ("<think>a</think>\n\nb", 1), ("<think>a</think>", 0), ("b", 0), ("b<think>a</think>b", 0),
-     ("<think> </think>b", 0), ("<think>a</think>b<think>c</think>", 0)],
-)  # fmt: skip
+    [
+        ("<think>a</think>b", 1),
+        ("<think>a</think>\n\nb", 1),
+        ("<think>a</think>", 0),
+        ("b", 0),
+        ("b<think>a</think>b", 0),
+        ("<think> </think>b", 0),
+        ("<think>a</think>b<think>c</think>", 0),
+    ],
+)
 def test_format_of_a_thought_and_an_answer_in_no_tags(text: str, score: float) -> None:
     assert one(tagged, text, tags=["think", ""]) == score
 

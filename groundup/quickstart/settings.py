@@ -1,0 +1,63 @@
+"""Settings of the stages after fine-tuning, for a model of one to two million parameters on two cores.
+
+Rates are high: so small a model moves little by a step. What was tried on the way here is in docs/LOG.md.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+Recipe = dict[str, Any]
+
+ADAMW: Recipe = {"name": "adamw", "weight_decay": 0.0, "betas": [0.9, 0.99]}
+CONSTANT: Recipe = {**ADAMW, "schedule": "constant", "warmup": 0.05}
+HEALTH: Recipe = {"entropy_bounds": [0.0, 9.0]}  # --minutes 0.1 leaves a model near random, and goes on
+DECAYING: Recipe = {**ADAMW, "schedule": "cosine", "warmup": 0.05, "min_lr_ratio": 0.1}
+
+REWARD: Recipe = {
+    "train": {"steps": 200, "batch_size": 8, "seq_len": 256},
+    "optim": {**DECAYING, "lr": 3e-4},
+}
+DPO: Recipe = {
+    "preference": {"loss": "dpo", "beta": 0.1, "sft_weight": 0.5},  # the chosen answers are right: it shall stay so
+    "train": {"steps": 120, "batch_size": 8, "seq_len": 256},
+    "optim": {**DECAYING, "lr": 1e-4},
+}
+PPO: Recipe = {
+    "rl": {
+        **HEALTH,
+        "prompts": 32,
+        "max_tokens": 32,
+        "missing_eos_penalty": 1.0,
+        "reward_clip": 5.0,
+        "kl_stop": 0.05,
+    },
+    "train": {"steps": 80, "batch_size": 8, "seq_len": 256, "eval_every": 80},
+    "optim": {**CONSTANT, "lr": 1e-4},
+}
+COLD_START: Recipe = {
+    "train": {"steps": 120, "batch_size": 8, "seq_len": 256},
+    "optim": {**DECAYING, "lr": 1e-3},
+    "eval": {"fraction": 0.0},
+}
+THOUGHTFUL: Recipe = {  # until thoughts hold together when they are drawn at random
+    "train": {"steps": 300, "batch_size": 8, "seq_len": 256},
+    "optim": {**DECAYING, "lr": 2e-3},
+    "eval": {"fraction": 0.0},
+}
+GRPO: Recipe = {
+    "rl": {
+        **HEALTH, "prompts": 16, "group_size": 16, "max_tokens": 48,
+        "rewards": [{"name": "exact"}, {"name": "format", "weight": 0.2, "args": {"tags": ["think", ""]}}],
+    },
+    "train": {"steps": 60, "batch_size": 16, "seq_len": 256, "eval_every": 30},
+    "optim": {**CONSTANT, "lr": 2e-4},
+}  # fmt: skip
+STUDENT: dict[str, Any] = {"width": 96, "intermediate": 96, "heads": 4}
+DISTILL: Recipe = {
+    "train": {"steps": 1800, "batch_size": 8, "seq_len": 256},
+    "optim": {"name": "muon", "lr": 1e-2, "muon_lr": 2e-2, "schedule": "linear", "warmup": 0.02, "min_lr_ratio": 0.0,
+              "weight_decay": 0.0},
+    "eval": {"fraction": 0.0},
+}  # fmt: skip
+MAJORITY: dict[str, Any] = {"budget": 16, "max_tokens": 48, "temperature": 0.7}
