@@ -61,7 +61,9 @@ def _options(
 
 @app.command()
 def quickstart(
-    minutes: Annotated[float, typer.Option(help="Training time in all; everything else is derived from it.")] = 10.0,
+    minutes: Annotated[
+        float, typer.Option(help="Training time to a model that talks; everything else is derived from it.")
+    ] = 10.0,
     data: Annotated[
         list[str] | None, typer.Option(help="Own files (any known format) instead of the built-in world.")
     ] = None,
@@ -74,7 +76,10 @@ def quickstart(
         "out/quickstart"
     ),
     full: Annotated[
-        bool, typer.Option("--full", help="Then reward model, DPO, PPO, GRPO, distillation, votes: 15 minutes more.")
+        bool,
+        typer.Option(
+            "--full", help="Then reward model, DPO, PPO, GRPO, distillation, votes: 15 minutes more. Works later, too."
+        ),
     ] = False,
     as_json: Json = False,
 ) -> None:
@@ -338,10 +343,12 @@ def _weighted(text: str) -> tuple[str, float]:
 
 
 def _summary(report: dict[str, Any]) -> list[str]:
-    """A line a stage, the copying baseline first where there is one."""
+    """A line a stage, the copying baseline first where there is one; a line a figure of what came after fine-tuning."""
+    from groundup.eval.report import after_rows
+
     stages = [{"name": "copying baseline", "metrics": report["baseline"]}] if report["baseline"] else []
     lines = []
-    for stage in [*stages, *report["stages"]]:
+    for stage in [*stages, *(stage for stage in report["stages"] if "wanted" not in stage)]:
         figures = [f"{stage['seconds']:.0f} s"] if "seconds" in stage else []
         figures += [f"{stage['tokens']:,} tokens"] if stage.get("tokens") else []
         exact = {k[-2:]: v for k, v in stage["metrics"].items() if k.startswith("world_exact_")}
@@ -349,6 +356,8 @@ def _summary(report: dict[str, Any]) -> list[str]:
         if "bits_per_byte" in stage["metrics"]:
             figures.append(f"{stage['metrics']['bits_per_byte']:.3f} bits per byte")
         lines.append(f"{stage['name']}: {', '.join(figures)}")
+    for name, _, what, value, aim, mark in after_rows([stage for stage in report["stages"] if "wanted" in stage]):
+        lines.append(f"{name:9} {what}: {value}" + (f" (wanted {aim}: {mark})" if aim else ""))
     return lines
 
 

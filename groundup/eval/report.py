@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,13 +52,33 @@ COLUMNS = {  # metric: heading
     "share_of_peak": "share of peak",
 }
 
+# Figures of the stages after fine-tuning, and those of them that are no shares.
+FIGURES = {
+    "longer_baseline": "accuracy of: the longer one wins",
+    "preferred_rate_gain": "preferred style, more often",
+    "world_exact_change": "right answers, more",
+    "preferred_rate": "preferred style",
+    "reward_gain_sd": "mean reward, standard deviations higher",
+    "reward": "mean reward",
+    "kl": "KL from the start, nats a reply",
+    "arithmetic_gain": "right sums, more",
+    "arithmetic_before": "right sums before",
+    "format_rate": "thinks, then answers",
+    "format_before": "thinks, then answers, before",
+    "accuracy_kept": "of the teacher's accuracy",
+    "gain_over_no_teacher": "more right than without a teacher",
+    "gain_at_least": "at least (95 % interval)",
+    "gain": "a vote over greedy",
+}
+PLAIN = ("calibration_error", "reward_gain_sd", "reward", "kl")
+
 
 def write_report(output_dir: str | Path, data: dict[str, Any]) -> dict[str, Any]:
     """Write report.md, report.json, curves.png and accuracy.png into a folder; return what report.json holds.
 
     data: {"title", "machine": dict, "derived": dict, "stages": [{"name", "seconds", "tokens", "metrics": dict, and
-    optionally "before": dict of the same metrics, or "wanted": {metric: text}, for a table apart}], "baseline": dict of
-    metrics, "samples": [{"question", "answer", "expected"}], "curves": {stage: path of its metrics.jsonl},
+    optionally "before": dict of the same metrics, or "wanted": {metric: ">= 0.9"}, for a table apart}], "baseline":
+    dict of metrics, "samples": [{"question", "answer", "expected"}], "curves": {stage: path of its metrics.jsonl},
     "next_commands": [str]}. All but stages may be missing.
     Exact match is held against the stage above (the questions are the same), bits per byte only against the stage's own
     "before" (each stage has held-out text of its own). A figure that is not finite is written as null.
@@ -95,7 +116,8 @@ def render(report: dict[str, Any]) -> str:
     parts = [f"# {report.get('title', 'Report')}", _summary(report, stages)]
     parts += ["## Stages 各阶段", _stage_table(stages, report.get("baseline") or {})]
     if aligned := [stage for stage in report["stages"] if "wanted" in stage]:
-        parts += ["## After fine-tuning 微调之后", _aligned_table(aligned)]
+        head = ["stage", "time", "figure", "got", "wanted", ""]
+        parts += ["## After fine-tuning 微调之后", _table(head, after_rows(aligned))]
     parts += [f"![{name.removesuffix('.png')}]({name})" for name in report["plots"]]
     if kinds := stages[-1]["metrics"].get("kinds") if stages else None:
         parts += ["## Exact match by kind 各类问题", _kind_table(kinds)]
@@ -137,16 +159,34 @@ def _stage_table(stages: Sequence[dict[str, Any]], baseline: dict[str, Any]) -> 
     return _table(["stage", "time", "tokens", *(COLUMNS[key] for key in columns)], rows)
 
 
-def _aligned_table(stages: Sequence[dict[str, Any]]) -> str:
-    """A row a figure: what was wanted of it (at least, or at most where it says so), and what came out."""
+AIMS = {">=": operator.ge, ">": operator.gt, "<": operator.lt}
+
+
+def reached(value: float | None, aim: str) -> bool:
+    """Is the figure what `>= 0.9`, `> 0` or `< 10` asks for?"""
+    sign, number = aim.split()
+    return value is not None and bool(AIMS[sign](value, float(number)))
+
+
+def after_rows(stages: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Stage, time, figure, value, what was wanted and whether it was reached: a row a figure."""
     rows = []
     for stage in stages:
         name, seconds = stage["name"], _seconds(stage.get("seconds"))
         for key, value in stage["metrics"].items():
             aim = stage["wanted"].get(key, "")
-            rows.append([name, seconds, key.replace("_", " "), f"**{_figure_text(value)}**", aim])
+            mark = ("reached" if reached(value, aim) else "missed") if aim else ""
+            rows.append([name, seconds, FIGURES.get(key, key.replace("_", " ")), _figure(key, value), aim, mark])
             name = seconds = ""
-    return _table(["stage", "time", "figure", "got", "wanted"], rows)
+    return rows
+
+
+def _figure(key: str, value: Any) -> str:
+    """Shares in per cent, changes of shares in points, anything else as it is."""
+    if value is None or key in PLAIN:
+        return _figure_text(value)
+    points = any(word in key for word in ("gain", "change"))
+    return f"{100 * value:+.1f} points" if points else f"{100 * value:.1f} %"
 
 
 def _kind_table(kinds: dict[str, dict[str, float]]) -> str:

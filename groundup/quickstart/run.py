@@ -26,7 +26,7 @@ from groundup.quickstart.corpus import SAMPLE, Corpus, OwnData, WorldData
 from groundup.tokenizer import Tokenizer, report, train_tokenizer
 from groundup.train.run import STAGES, train
 
-FULL_MINUTES = 10.0  # with fewer, the stages after fine-tuning are shorter, too
+FULL = 10.0  # minutes; with fewer, the stages after fine-tuning are shorter, too
 FIRST = ("pretrain", "sft")  # the stages that make a model of nothing
 
 
@@ -102,7 +102,8 @@ def _run(steps: Journal, corpus: Corpus, settings: dict[str, Any], full: bool) -
     """All steps in order; each is skipped when the journal has it."""
     from groundup.device import describe, keep_memory, set_threads
     from groundup.eval.report import write_report
-    from groundup.quickstart.full import Start, align
+    from groundup.quickstart.full import STAGES as AFTER
+    from groundup.quickstart.full import Tuned, row
     from groundup.tokenizer import load_tokenizer
     from groundup.world import World
 
@@ -127,25 +128,31 @@ def _run(steps: Journal, corpus: Corpus, settings: dict[str, Any], full: bool) -
         figures = {key: result[key] for key in ("name", "seconds", "tokens", "steps", "parameters")}
         stages.append({**figures, "metrics": {**result["metrics"], **held}})
     samples = steps.step("sample answers", lambda: _samples(corpus, model))
-    curves = {name: output / name / "metrics.jsonl" for name in FIRST if files[name]}
-    share = min(1.0, settings["minutes"] / FULL_MINUTES)
-    aligned = align(steps, Start(model, output, World(settings["seed"]), settings["seed"], share)) if full else []
-    return write_report(
-        output,
-        {
-            "title": "groundup quickstart",
-            "machine": machine,
-            "derived": plan["derived"],
-            "stages": [*stages, *aligned],
-            "baseline": baseline,
-            "samples": samples,
-            "curves": curves,
-            "next_commands": [
-                f"groundup chat {model}",
-                f"groundup eval {model}" + ("" if settings["data"] else " --world"),
-            ],
-        },
-    )
+    told = {
+        "title": "groundup quickstart",
+        "machine": machine,
+        "derived": plan["derived"],
+        "baseline": baseline,
+        "samples": samples,
+        "curves": {name: output / name / "metrics.jsonl" for name in FIRST if files[name]},
+        "next_commands": [
+            f"groundup chat {model}",
+            f"groundup eval {model}" + ("" if settings["data"] else " --world"),
+        ],
+    }
+
+    def written() -> dict[str, Any]:
+        """The report with the rows that are there so far, whichever run they are from."""
+        done = steps.state["steps"]
+        return write_report(output, {**told, "stages": [*stages, *(done[name] for name in AFTER if name in done)]})
+
+    report = written()
+    if full:
+        tuned = Tuned(model, output, World(settings["seed"]), settings["seed"], min(1.0, settings["minutes"] / FULL))
+        for name in AFTER:
+            steps.step(name, partial(row, name, tuned))
+            report = written()
+    return report
 
 
 def _train_tokenizer(corpus: Corpus, folder: Path) -> dict[str, Any]:

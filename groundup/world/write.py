@@ -59,6 +59,9 @@ def preference_row(preference: Preference) -> dict[str, Any]:
 
 
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> int:
-    """Write one JSON object a line; the number of rows."""
-    with path.open("w", encoding="utf-8") as file:
-        return sum(1 for row in rows if file.write(json.dumps(row, ensure_ascii=False) + "\n"))
+    """Write one JSON object a line; the number of rows. The file has its name when it is whole."""
+    part = path.with_name(f"{path.name}.part")
+    with part.open("w", encoding="utf-8") as file:
+        count = sum(1 for row in rows if file.write(json.dumps(row, ensure_ascii=False) + "\n"))
+    part.replace(path)
+    return count
