@@ -61,11 +61,11 @@ def lively_and_right(folder: str, questions: Sequence[Question]) -> Marks:
     return Marks(right, [float(is_lively(reply)) for reply in replies])
 
 
-def sums(world: World) -> QuestionSet:
-    """Held-out sums of three numbers, to be thought through, each once."""
-    found = world_reasoning(world, count=8 * SUMS)
+def sums(world: World, split: str = "heldout", count: int = SUMS) -> QuestionSet:
+    """Sums of three numbers, to be thought through, each once."""
+    found = world_reasoning(world, split, count=8 * count)
     items = {item.messages[-1]["content"]: item for item in found.items if item.kind == "three_numbers"}
-    return replace(found, items=list(items.values())[:SUMS])
+    return replace(found, items=list(items.values())[:count])
 
 
 def sampled_scores(

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 PAIRS, HELD_OUT_PAIRS, PROMPTS = 6000, 600, 4000
 THOUGHTS, CHATS = 6000, 0.1  # shown before GRPO: thoughts, and this share of the conversations between them
+DOSES, ENOUGH, LOOK = 6, 0.5, 200  # of the cold start: most of them, the accuracy at which it ends, sums asked for it
 ASKED = 300  # held-out questions whose sampled answers PPO's reward model compares
 PRACTISED, PRACTICE = ("arithmetic", "story_sums"), 4  # what a small student is slowest to learn, and how often
 
@@ -131,17 +132,27 @@ def ppo(tuned: Tuned) -> dict[str, Any]:
     return _row(result, metrics)
 
 
-def thinking(tuned: Tuned, name: str, recipe: dict[str, Any]) -> str:
-    """The folder of the fine-tuned model after thoughts, among conversations so that it forgets nothing."""
+def thinking(tuned: Tuned, name: str, model: str, recipe: dict[str, Any]) -> str:
+    """The folder of the model after thoughts, among conversations so that it forgets nothing."""
     thoughts = tuned.file("thoughts", map(write.thought_row, islice(tuned.sums(tuned.seed + 1), THOUGHTS)))
     data = [{"path": thoughts}, {"path": tuned.chats, "weight": CHATS}]
-    output: str = tuned.train(name, {"stage": "sft", "data": data, **recipe})["output"]
+    output: str = tuned.train(name, {"stage": "sft", "model": model, "data": data, **recipe})["output"]
     return output
+
+
+def cold_start(tuned: Tuned) -> str:
+    """As few thoughts as it takes until GRPO's own prompts are answered well enough to learn from; a dose at a time."""
+    asking, model = Asking(max_tokens=use.GRPO["rl"]["max_tokens"]), tuned.model
+    for dose in range(1, DOSES + 1):
+        model = thinking(tuned, f"cold-start/{dose}", model, use.COLD_START)
+        if measure(engine(model), sums(tuned.world, "train", LOOK), asking)["accuracy"] >= ENOUGH:
+            break
+    return model
 
 
 def grpo(tuned: Tuned) -> dict[str, Any]:
     """Sums of three numbers, thought through: how many more are right, and do they come after a thought?"""
-    begun = thinking(tuned, "cold-start", use.COLD_START)
+    begun = cold_start(tuned)
     prompts = tuned.file("sums", map(write.question_row, islice(tuned.sums(tuned.seed), PROMPTS)))
     result = tuned.train("grpo", {"stage": "grpo", "model": begun, "data": [prompts], **use.GRPO})
     asking = Asking(max_tokens=use.GRPO["rl"]["max_tokens"])
@@ -186,7 +197,7 @@ def distill(tuned: Tuned) -> dict[str, Any]:
 
 def majority(tuned: Tuned) -> dict[str, Any]:
     """Sixteen thoughts and a vote, against one greedy answer, of a model that has seen many thoughts."""
-    model = thinking(tuned, "thoughtful", use.THOUGHTFUL)
+    model = thinking(tuned, "thoughtful", tuned.model, use.THOUGHTFUL)
     found = measure(engine(model), sums(tuned.world), Asking(strategy="majority", **use.MAJORITY))
     metrics = {
         "gain": found["gain"]["gain"],

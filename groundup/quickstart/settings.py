@@ -49,9 +49,9 @@ PPO: Recipe = {
     "train": {"steps": 80, "batch_size": 8, "seq_len": 256, "eval_every": 80},
     "optim": {**CONSTANT, "lr": 1e-4},
 }
-COLD_START: Recipe = {
-    "train": {"steps": 120, "batch_size": 8, "seq_len": 256},
-    "optim": {**DECAYING, "lr": 1e-3},
+COLD_START: Recipe = {  # a dose of it
+    "train": {"steps": 60, "batch_size": 8, "seq_len": 256},
+    "optim": {**DECAYING, "lr": 2e-3},
     "eval": {"fraction": 0.0},
 }
 THOUGHTFUL: Recipe = {  # until thoughts hold together when they are drawn at random
@@ -64,8 +64,8 @@ GRPO: Recipe = {
         **HEALTH, "prompts": 16, "group_size": 16, "max_tokens": 48,
         "rewards": [{"name": "exact"}, {"name": "format", "weight": 0.2, "args": {"tags": ["think", ""]}}],
     },
-    "train": {"steps": 60, "batch_size": 16, "seq_len": 256, "eval_every": 30},
-    "optim": {**CONSTANT, "lr": 2e-4},
+    "train": {"steps": 90, "batch_size": 16, "seq_len": 256, "eval_every": 30},
+    "optim": {**CONSTANT, "lr": 1.5e-4},
 }  # fmt: skip
 DISTILL: Recipe = {
     "train": {"steps": 1800, "batch_size": 8, "seq_len": 256},
