@@ -211,7 +211,32 @@ def measure_qlora(options: Options, say: Say) -> dict[str, Any]:
         say(f"  {name}: {figures}")
         found[name] = figures
     found["loss_ratio"] = found["qlora"]["val_loss"] / found["lora"]["val_loss"]
+    found["untrained"] = untrained(options)
+    say(f"  before training: {found['untrained']}")
     return found
+
+
+def untrained(options: Options) -> dict[str, float]:
+    """Loss of the base as it is and of its 4-bit copy, on the first rows: what rounding alone costs."""
+    import numpy as np
+    import torch
+
+    from groundup.adapt.quantized import quantize_base
+    from groundup.model.io import load_model
+
+    rows = np.load(make_rows(options)["rows"])
+    names = ("input_ids_BT", "labels_BT", "position_ids_BT", "doc_ids_BT")
+    ids_BT, labels_BT, places_BT, docs_BT = (torch.from_numpy(rows[name][: options.batch]) for name in names)
+    model = load_model(options.model).requires_grad_(False)
+
+    def loss() -> float:
+        with torch.no_grad():
+            logits_BTV = model(ids_BT, places_BT, docs_BT)
+        return float(torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1).float(), labels_BT.flatten().long()))
+
+    full = loss()
+    quantize_base(model, "nf4")
+    return {"full": full, "nf4": loss()}
 
 
 def stored(options: Options) -> dict[str, float]:
