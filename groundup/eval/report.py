@@ -165,7 +165,7 @@ AIMS = {">=": operator.ge, ">": operator.gt, "<": operator.lt}
 def reached(value: float | None, aim: str) -> bool:
     """Is the figure what `>= 0.9`, `> 0` or `< 10` asks for?"""
     sign, number = aim.split()
-    return value is not None and bool(AIMS[sign](value, float(number)))
+    return value is not None and bool(AIMS[sign](round(value, 9), float(number)))  # .653 - .453 is .2
 
 
 def after_rows(stages: Sequence[dict[str, Any]]) -> list[list[str]]:
@@ -176,7 +176,9 @@ def after_rows(stages: Sequence[dict[str, Any]]) -> list[list[str]]:
         for key, value in stage["metrics"].items():
             aim = stage["wanted"].get(key, "")
             mark = ("reached" if reached(value, aim) else "missed") if aim else ""
-            rows.append([name, seconds, FIGURES.get(key, key.replace("_", " ")), _figure(key, value), aim, mark])
+            rows.append(
+                [name, seconds, FIGURES.get(key, key.replace("_", " ")), _figure(key, value), _aim(key, aim), mark]
+            )
             name = seconds = ""
     return rows
 
@@ -185,8 +187,19 @@ def _figure(key: str, value: Any) -> str:
     """Shares in per cent, changes of shares in points, anything else as it is."""
     if value is None or key in PLAIN:
         return _figure_text(value)
-    points = any(word in key for word in ("gain", "change"))
-    return f"{100 * value:+.1f} points" if points else f"{100 * value:.1f} %"
+    return f"{100 * value:+.1f} points" if _is_change(key) else f"{100 * value:.1f} %"
+
+
+def _aim(key: str, aim: str) -> str:
+    """The aim in the figure's unit."""
+    if not aim or key in PLAIN:
+        return aim
+    sign, number = aim.split()
+    return f"{sign} {100 * float(number):g} {'points' if _is_change(key) else '%'}"
+
+
+def _is_change(key: str) -> bool:
+    return "gain" in key or "change" in key
 
 
 def _kind_table(kinds: dict[str, dict[str, float]]) -> str:
