@@ -44,7 +44,7 @@ def test_full_goes_on_after_a_finished_demo_and_writes_a_row_a_stage(groundup: C
     assert (tmp_path / "sft" / "model.safetensors").read_bytes() == trained
     assert stages["distill"]["parameters"] < stages["dpo"]["parameters"]
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    assert "preferred style, more often" in text and "< 10" in text
+    assert "preferred style, more often" in text and "&lt; 10" in text
 
     plain = groundup(*SHORT, "--output", tmp_path, "--json").json()
     assert plain["stages"] == report["stages"], "without --full, what is there is not taken out of the report"

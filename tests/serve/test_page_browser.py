@@ -156,7 +156,8 @@ def test_pictures_only_for_a_model_that_sees(open_page: Callable[..., Any], serv
     choose(page, "Model", "seer")
     expect(page.get_by_test_id("stChatInputFileUploadButton")).to_be_visible()
     picture = {"name": "dot.png", "mimeType": "image/png", "buffer": PIXEL}
-    page.get_by_test_id("stChatInputFileUploadButton").locator("input[type=file]").set_input_files(picture)
+    with page.expect_response(lambda answer: answer.request.method == "PUT"):  # until then nothing can be sent
+        page.get_by_test_id("stChatInputFileUploadButton").locator("input[type=file]").set_input_files(picture)
     expect(page.get_by_text("dot.png")).to_be_visible()
     say(page, "what is it?")
     expect(page.get_by_text("seer says: what is it?")).to_be_visible()
