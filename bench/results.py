@@ -1,7 +1,7 @@
 """`python -m bench.results`: `groundup quickstart --full` for several seeds, and its table with mean and spread.
 
-docs/RESULTS.md is written anew from the reports. A seed whose run is finished is not run
-again; one that was cut off goes on.
+docs/RESULTS.md is written anew from the reports. A seed whose run is finished is not run again; one that was cut off
+goes on.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ seeds, whose numbers of steps differ with the machine's speed at their start. Wh
 [full.py](../groundup/quickstart/full.py), their settings in
 [settings.py](../groundup/quickstart/settings.py); these were chosen on seed 0.
 GRPO and the votes begin with a copy of the fine-tuned model that has seen thoughts. The student's comparison has the
-same start (cut out of the teacher), rows, order and steps, without the teacher's probabilities; both practise sums four
-times as often as their teacher did.
+same start (cut out of the teacher), rows, order and steps, without the teacher's probabilities; both practise the
+teacher's training questions about sums beside its conversations.
 
 """
 

@@ -18,7 +18,6 @@ from typing import Any
 
 from groundup.config import Recipe, build_recipe
 from groundup.data.language import language
-from groundup.device import pick_device
 from groundup.errors import UserError
 from groundup.files import write_json
 from groundup.plan.budget import OPTIM, measure_step, plan_quickstart
@@ -221,10 +220,9 @@ def _evaluate(
     """What a stage's model knows: graded questions, and bits per byte on the held-out rows of both stages."""
     from groundup.eval.bpb import measure
     from groundup.eval.run import answerer
-    from groundup.model.io import load_model
-    from groundup.tokenizer import load_tokenizer
+    from groundup.quickstart.figures import opened
 
-    tokenizer, loaded = load_tokenizer(model), load_model(model, device=pick_device())
+    loaded, tokenizer = opened(model)
     metrics = corpus.evaluate(answerer(loaded, tokenizer))
     for stage, key in (("pretrain", "text_bits_per_byte"), ("sft", "chat_bits_per_byte")):
         if files[stage]:
@@ -238,11 +236,10 @@ def _evaluate(
 def _samples(corpus: Corpus, model: str) -> list[dict[str, str]]:
     """A few questions with the model's answers."""
     from groundup.eval.run import answerer
-    from groundup.model.io import load_model
-    from groundup.tokenizer import load_tokenizer
+    from groundup.quickstart.figures import opened
 
     asked = corpus.samples()
-    answer = answerer(load_model(model, device=pick_device()), load_tokenizer(model))
+    answer = answerer(*opened(model))
     replies = answer([[{"role": "user", "content": sample["question"]}] for sample in asked])
     for sample, reply in zip(asked, replies, strict=True):
         say(f"{sample['question']!r} -> {reply!r}")
