@@ -28,8 +28,10 @@ if TYPE_CHECKING:
     from groundup.world.rows import Question, ReasoningPrompt
 
 PAIRS, HELD_OUT_PAIRS, PROMPTS = 6000, 600, 4000
-THOUGHTS, CHATS = 6000, 0.1  # shown before GRPO: thoughts, and this share of the conversations between them
+THOUGHTS = 6000  # shown before GRPO and before a vote, among a share of the conversations:
+COLD_CHATS, VOTE_CHATS = 0.3, 0.1  # more of them leave GRPO more to find; a vote wants thoughts that hold together
 DOSES, ENOUGH, LOOK = 6, 0.5, 200  # of the cold start: most of them, the accuracy at which it ends, sums asked for it
+RIGHT = 2.0  # what a right answer is worth to PPO beside the reward model's score, which asks for style alone
 ASKED = 300  # held-out questions whose sampled answers PPO's reward model compares
 PRACTISED, PRACTICE = ("arithmetic", "story_sums"), 4  # what a small student is slowest to learn, and how often
 
@@ -117,7 +119,8 @@ def ppo(tuned: Tuned) -> dict[str, Any]:
     asked: list[Question] = order.sample(tuned.asked, min(PROMPTS, len(tuned.asked)))
     prompts = tuned.file("prompts", map(write.question_row, asked))
     judge = str(tuned.output / "reward")
-    rl = use.PPO["rl"] | {"rewards": [{"name": "reward_model", "args": {"path": judge}}]}
+    rewards = [{"name": "reward_model", "args": {"path": judge}}, {"name": "exact", "weight": RIGHT}]
+    rl = use.PPO["rl"] | {"rewards": rewards}
     result = tuned.train("ppo", {"stage": "ppo", "data": [prompts], **use.PPO, "rl": rl})
     held = order.sample(tuned.held, min(ASKED, len(tuned.held)))
     before, _ = sampled_scores(tuned.model, held, judge, rl["max_tokens"], tuned.seed)
@@ -132,10 +135,10 @@ def ppo(tuned: Tuned) -> dict[str, Any]:
     return _row(result, metrics)
 
 
-def thinking(tuned: Tuned, name: str, model: str, recipe: dict[str, Any]) -> str:
-    """The folder of the model after thoughts, among conversations so that it forgets nothing."""
+def thinking(tuned: Tuned, name: str, model: str, recipe: dict[str, Any], chats: float) -> str:
+    """The folder of the model after thoughts, among a share of the conversations so that it forgets less."""
     thoughts = tuned.file("thoughts", map(write.thought_row, islice(tuned.sums(tuned.seed + 1), THOUGHTS)))
-    data = [{"path": thoughts}, {"path": tuned.chats, "weight": CHATS}]
+    data = [{"path": thoughts}, {"path": tuned.chats, "weight": chats}]
     output: str = tuned.train(name, {"stage": "sft", "model": model, "data": data, **recipe})["output"]
     return output
 
@@ -144,7 +147,7 @@ def cold_start(tuned: Tuned) -> str:
     """As few thoughts as it takes until GRPO's own prompts are answered well enough to learn from; a dose at a time."""
     asking, model = Asking(max_tokens=use.GRPO["rl"]["max_tokens"]), tuned.model
     for dose in range(1, DOSES + 1):
-        model = thinking(tuned, f"cold-start/{dose}", model, use.COLD_START)
+        model = thinking(tuned, f"cold-start/{dose}", model, use.COLD_START, COLD_CHATS)
         if measure(engine(model), sums(tuned.world, "train", LOOK), asking)["accuracy"] >= ENOUGH:
             break
     return model
@@ -197,7 +200,7 @@ def distill(tuned: Tuned) -> dict[str, Any]:
 
 def majority(tuned: Tuned) -> dict[str, Any]:
     """Sixteen thoughts and a vote, against one greedy answer, of a model that has seen many thoughts."""
-    model = thinking(tuned, "thoughtful", tuned.model, use.THOUGHTFUL)
+    model = thinking(tuned, "thoughtful", tuned.model, use.THOUGHTFUL, VOTE_CHATS)
     found = measure(engine(model), sums(tuned.world), Asking(strategy="majority", **use.MAJORITY))
     metrics = {
         "gain": found["gain"]["gain"],

@@ -47,7 +47,7 @@ PPO: Recipe = {
         "kl_stop": 0.05,
     },
     "train": {"steps": 80, "batch_size": 8, "seq_len": 256, "eval_every": 80},
-    "optim": {**CONSTANT, "lr": 1e-4},
+    "optim": {**CONSTANT, "lr": 5e-5},
 }
 COLD_START: Recipe = {  # a dose of it
     "train": {"steps": 60, "batch_size": 8, "seq_len": 256},
@@ -64,7 +64,7 @@ GRPO: Recipe = {
         **HEALTH, "prompts": 16, "group_size": 16, "max_tokens": 48,
         "rewards": [{"name": "exact"}, {"name": "format", "weight": 0.2, "args": {"tags": ["think", ""]}}],
     },
-    "train": {"steps": 90, "batch_size": 16, "seq_len": 256, "eval_every": 30},
+    "train": {"steps": 140, "batch_size": 16, "seq_len": 256, "eval_every": 70},
     "optim": {**CONSTANT, "lr": 1.5e-4},
 }  # fmt: skip
 DISTILL: Recipe = {
