@@ -13,12 +13,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from groundup.ops.forks import trunk_ids
 from groundup.ops.spans import short_enough, span_attention
 
 
 @dataclass(frozen=True)
 class Documents:
-    """A mask by its documents: a token sees itself and the earlier tokens of its own. For span_attention."""
+    """A mask by its documents: a token sees itself and the earlier tokens of its own (a branch: of its trunk, too;
+    forks.py). For span_attention."""
 
     doc_ids_BT: torch.Tensor
 
@@ -38,12 +40,12 @@ def document_mask(shape: tuple[int, int], doc_ids_BT: torch.Tensor | None, devic
 
 
 def visible(doc_ids_BT: torch.Tensor) -> torch.Tensor:
-    """Bool mask [B, 1, T, T]: a token sees itself and the earlier tokens of its own document.
+    """Bool mask [B, 1, T, T]: a token sees itself and the earlier tokens of its own document, a branch its trunk.
 
     Filler (-1) sees only filler; its labels are never trained.
     """
-    length = doc_ids_BT.shape[1]
-    same = doc_ids_BT[:, None, :, None] == doc_ids_BT[:, None, None, :]
+    length, keys_B11T = doc_ids_BT.shape[1], doc_ids_BT[:, None, None, :]
+    same = (doc_ids_BT[:, None, :, None] == keys_B11T) | (trunk_ids(doc_ids_BT)[:, None, :, None] == keys_B11T)
     return same & torch.ones(length, length, dtype=torch.bool, device=doc_ids_BT.device).tril()
 
 
@@ -81,8 +83,10 @@ def _block_mask(doc_ids_BT: torch.Tensor) -> Any:
     """The blocks of 128 x 128 that hold anything visible (a few small kernels, once a batch)."""
     from torch.nn.attention.flex_attention import create_block_mask
 
+    trunk_ids_BT = trunk_ids(doc_ids_BT)
+
     def sees(b: torch.Tensor, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
-        return (q >= k) & (doc_ids_BT[b, q] == doc_ids_BT[b, k])
+        return (q >= k) & ((doc_ids_BT[b, q] == doc_ids_BT[b, k]) | (trunk_ids_BT[b, q] == doc_ids_BT[b, k]))
 
     rows, length = doc_ids_BT.shape
     return create_block_mask(sees, rows, None, length, length, device=str(doc_ids_BT.device))

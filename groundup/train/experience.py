@@ -12,6 +12,7 @@ from torch import Tensor
 
 from groundup.data.batch import IGNORE
 from groundup.data.pack import pack
+from groundup.ops.forks import BRANCH
 
 COLUMNS = ("mask", "engine", "old", "reference", "values", "advantages", "returns")
 WHOLE = 64  # rows are cut off behind their last token, at a multiple of this
@@ -74,16 +75,34 @@ class RolloutBatch:
 
 
 @dataclass(frozen=True)
-class Place:
+class Spot:
     """Where an answer's labels stand: in this row, from this position on."""
 
     row: int
     begin: int
 
 
-def pack_rows(experiences: Sequence[Experience], seq_len: int, pad_id: int) -> tuple[RolloutBatch, list[Place]]:
-    """All answers in rows of at most seq_len tokens, and where each of them went. Without any: a row of filler."""
-    lengths = np.array([len(one.ids) for one in experiences], np.int64)
+@dataclass(frozen=True)
+class _Bundle:
+    """Answers, by number, that stand behind one copy of the first `trunk` tokens of their prompt; alone, it is 0."""
+
+    members: list[int]
+    trunk: int = 0
+
+    def length(self, experiences: Sequence[Experience]) -> int:
+        return self.trunk + sum(len(experiences[i].ids) - self.trunk for i in self.members)
+
+
+def pack_rows(
+    experiences: Sequence[Experience], seq_len: int, pad_id: int, fork: bool = False
+) -> tuple[RolloutBatch, list[Spot]]:
+    """All answers in rows of at most seq_len tokens, and where each of them went. Without any: a row of filler.
+
+    fork: a prompt's answers share it, as branches of one document (ops/forks.py). Its last token stands in every
+    branch: from there each answer's first token is foreseen.
+    """
+    bundles = _bundles(experiences, seq_len) if fork else [_Bundle([i]) for i in range(len(experiences))]
+    lengths = np.array([bundle.length(experiences) for bundle in bundles], np.int64)
     packing = pack(lengths, seq_len)
     rows = [packing.order[a:b].tolist() for a, b in zip(packing.offsets, packing.offsets[1:], strict=False)] or [[]]
     longest = max(int(lengths[row].sum()) for row in rows)
@@ -93,23 +112,44 @@ def pack_rows(experiences: Sequence[Experience], seq_len: int, pad_id: int) -> t
     positions_BT = torch.zeros(shape, dtype=torch.int64)
     names = [name for name in COLUMNS[1:] if any(name in one.columns for one in experiences)]
     columns = {name: torch.zeros(shape) for name in names}
-    places = [Place(0, 0)] * len(experiences)
+    places = [Spot(0, 0)] * len(experiences)
     for r, row in enumerate(rows):
         at = 0
-        for document, i in enumerate(row):
-            one, end = experiences[i], at + len(experiences[i].ids)
-            answer = slice(at + one.start - 1, end - 1)  # the place before each token of the answer
-            ids_BT[r, at:end] = torch.tensor(one.ids)
-            own = one.columns["mask"] > 0
-            labels_BT[r, answer] = torch.where(own, torch.tensor(one.ids[one.start :]), IGNORE)
-            docs_BT[r, at:end] = document
-            positions_BT[r, at:end] = torch.arange(end - at)
-            for name, column in columns.items():
-                column[r, answer] = one.columns[name]
-            places[i], at = Place(r, answer.start), end
+        for document, bundle in enumerate(bundles[j] for j in row):
+            trunk, begin = bundle.trunk, at + bundle.trunk
+            ids_BT[r, at:begin] = torch.tensor(experiences[bundle.members[0]].ids[:trunk])
+            docs_BT[r, at:begin] = document
+            positions_BT[r, at:begin] = torch.arange(trunk)
+            for branch, i in enumerate(bundle.members, 1 if trunk else 0):
+                one, end = experiences[i], begin + len(experiences[i].ids) - trunk
+                answer = slice(begin + one.start - trunk - 1, end - 1)  # the place before each token of the answer
+                ids_BT[r, begin:end] = torch.tensor(one.ids[trunk:])
+                own = one.columns["mask"] > 0
+                labels_BT[r, answer] = torch.where(own, torch.tensor(one.ids[one.start :]), IGNORE)
+                docs_BT[r, begin:end] = document + BRANCH * branch
+                positions_BT[r, begin:end] = torch.arange(trunk, len(one.ids))
+                for name, column in columns.items():
+                    column[r, answer] = one.columns[name]
+                places[i], begin = Spot(r, answer.start), end
+            at = begin
         positions_BT[r, at:] = torch.arange(shape[1] - at)  # the filler counts as a document of its own
     extra: dict[str, Any] = {f"{name}_BT": column for name, column in columns.items()}
     return RolloutBatch(ids_BT, labels_BT, positions_BT, docs_BT, **extra), places
+
+
+def _bundles(experiences: Sequence[Experience], seq_len: int) -> list[_Bundle]:
+    """Answers to one prompt together, as many as a row takes."""
+    asked: dict[tuple[int, ...], list[int]] = {}
+    for i, one in enumerate(experiences):
+        asked.setdefault(tuple(one.ids[: one.start]), []).append(i)
+    out = []
+    for prompt, members in asked.items():
+        trunk = len(prompt) - 1
+        packing = pack(np.array([len(experiences[i].ids) - trunk for i in members], np.int64), seq_len - trunk)
+        for begin, end in zip(packing.offsets, packing.offsets[1:], strict=False):
+            part = [members[j] for j in packing.order[begin:end].tolist()]
+            out.append(_Bundle(part, trunk if len(part) > 1 else 0))
+    return out
 
 
 def split_rows(batch: RolloutBatch, rows: int) -> Iterator[RolloutBatch]:
@@ -119,7 +159,7 @@ def split_rows(batch: RolloutBatch, rows: int) -> Iterator[RolloutBatch]:
         yield batch.each(lambda tensor, part=part: tensor[part])  # type: ignore[misc]
 
 
-def unpack_column(values_BT: Tensor, experiences: Sequence[Experience], places: Sequence[Place], name: str) -> None:
+def unpack_column(values_BT: Tensor, experiences: Sequence[Experience], places: Sequence[Spot], name: str) -> None:
     """Give every answer its figures back from rows of them."""
     for one, place in zip(experiences, places, strict=True):
         one.columns[name] = values_BT[place.row, place.begin : place.begin + one.length].float().cpu().clone()

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from groundup.config import Recipe, RLConfig
 from groundup.device import autocast, pick_dtype
 from groundup.errors import UserError
+from groundup.model.foreign import Foreign
 from groundup.model.transformer import Transformer
 from groundup.objectives.documents import Documents
 from groundup.objectives.policy import KINDS, AdaptiveKL, PolicyKind, importance_weights, policy_count, policy_loss
@@ -32,6 +33,7 @@ from groundup.train.drift import Drift
 from groundup.train.experience import (
     Experience,
     RolloutBatch,
+    Spot,
     from_tensors,
     pack_rows,
     split_rows,
@@ -109,6 +111,7 @@ class OnPolicy(Stage):
     def prepare(self, begun: Start) -> nn.Module:
         without_dropout(begun.model)
         self.policy: Any = begun.model
+        self.forks = can_fork(begun.model)
         self.reference: Reference | None = None
         if self.rl.beta:
             self.reference = reference_of(begun, "copy" if begun.adapted is None else "adapter", self.dtype)
@@ -207,7 +210,7 @@ class OnPolicy(Stage):
         """Columns `old` (where wanted) and `reference` (where there is one): the trainer's own, over packed rows."""
         wanted = ["old"] * old + ["reference"] * (self.reference is not None)
         found: dict[str, list[Tensor]] = {name: [] for name in wanted}
-        batch, places = pack_rows(experiences, self.config.seq_len, self.tokenizer.pad_id)
+        batch, places = self._pack(experiences)
         for rows in split_rows(batch, self.config.batch_size) if wanted else ():
             part = rows.to(self.place.device)
             with torch.no_grad(), autocast(self.place.device, self.dtype):
@@ -243,11 +246,15 @@ class OnPolicy(Stage):
 
     def minibatch(self, position: int) -> list[Any]:
         """This rank's micro-batches of the round's optimizer step number `position`; a row of filler if it has none."""
-        batch, _ = pack_rows(self._share(position), self.config.seq_len, self.tokenizer.pad_id)
+        batch, _ = self._pack(self._share(position))
         batch.round = self.round
         batches = list(split_rows(batch, self.config.batch_size))
         batches[0].least = int(self.counts[position] == 0 and self.place.world.main)
         return batches
+
+    def _pack(self, experiences: Sequence[Experience]) -> tuple[RolloutBatch, list[Spot]]:
+        """A prompt's answers share it, where the model's attention is ours."""
+        return pack_rows(experiences, self.config.seq_len, self.tokenizer.pad_id, fork=self.forks)
 
     def _share(self, position: int) -> list[Experience]:
         epoch, part = divmod(position, self.rl.minibatches or 1)
@@ -342,6 +349,11 @@ class OnPolicy(Stage):
         if world.rank < len(states):
             self.drift.noted = {k: torch.tensor(v).float() for k, v in _named(states[world.rank], "watched ").items()}
         self._count()
+
+
+def can_fork(model: nn.Module) -> bool:
+    """Whether answers may share a copy of their prompt: where attention is ours, not transformers'."""
+    return not any(isinstance(part, Foreign) for part in model.modules())
 
 
 def tools_of(recipe: Recipe) -> ToolUse | None:

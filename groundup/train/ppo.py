@@ -29,7 +29,7 @@ from groundup.objectives.policy import explained_variance, kl, value_loss
 from groundup.ops.loss import selective_logprobs
 from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.train.experience import Experience, RolloutBatch, stacked, unstack
-from groundup.train.onpolicy import OnPolicy, tools_of
+from groundup.train.onpolicy import OnPolicy, can_fork, tools_of
 from groundup.train.prompts import Prompts, open_prompts
 from groundup.train.reference import without_dropout
 from groundup.train.stage import Place, open_rows
@@ -128,6 +128,7 @@ class PPO(OnPolicy):
         else:
             scorer = self._reward_model(self.rl.value_model)
         self.model = ActorCritic(begun.model, without_dropout(scorer), shared)  # type: ignore[arg-type]
+        self.forks = self.forks and can_fork(scorer)
         return self.model
 
     def rates(self, begun: Start) -> dict[str, float]:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from groundup.ops import spans
 from groundup.ops.attention import Documents, attention, document_mask, visible
+from groundup.ops.forks import BRANCH
 
 
 def documents(rows: int, length: int, longest: int, seed: int = 0) -> torch.Tensor:
@@ -42,6 +43,57 @@ def test_spans_equal_masked_attention(heads, length, longest):
         torch.autograd.grad(fast, (q, k, v), slope), torch.autograd.grad(plain, (q, k, v), slope), strict=True
     ):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def forking(*rows: list[tuple[int, list[int]]], length: int) -> torch.Tensor:
+    """Rows of documents: (tokens of the trunk, tokens of each branch)."""
+    ids = torch.full((len(rows), length), -1, dtype=torch.int32)
+    for row, documents in zip(ids, rows, strict=True):
+        at = 0
+        for number, (trunk, branches) in enumerate(documents):
+            for branch, size in enumerate([trunk, *branches]):
+                row[at : at + size] = number + BRANCH * branch
+                at += size
+    return ids
+
+
+def test_a_branch_sees_its_trunk_and_itself():
+    torch.manual_seed(0)
+    doc_ids = forking([(3, [2, 4]), (5, []), (2, [1, 1])], length=20)
+    q, k, v = tensors(1, 20, 4, 2, 8)
+    out = attention(q, k, v, visible(doc_ids))
+    alone = {"first": [0, 1, 2, 3, 4], "second": [0, 1, 2, 5, 6, 7, 8], "third": [14, 15, 17]}
+    for places in alone.values():
+        expected = attention(q[:, places], k[:, places], v[:, places])
+        torch.testing.assert_close(out[:, places], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (2, 2)])
+def test_spans_equal_masked_attention_where_documents_fork(heads):
+    doc_ids = forking(
+        [(100, [64, 30, 90]), (7, [3, 3])],
+        [(1, [1, 130, 70]), (40, []), (60, [20])],
+        [(100, [64, 30, 90])],
+        [(64, [64, 64, 64])],
+        length=310,
+    )
+    q, k, v = tensors(4, 310, *heads, dim=8)
+    fast, plain = (attention(q, k, v, mask) for mask in (Documents(doc_ids), visible(doc_ids)))
+    slope = torch.randn(plain.shape, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(fast, plain, atol=1e-5, rtol=1e-4)
+    grads = (torch.autograd.grad(out, (q, k, v), slope) for out in (fast, plain))
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_spans_leave_the_branches_between_out():
+    doc_ids = forking([(128, [128] * 7)], length=1024)
+    done = sum(span.numbers(heads=1) for span in spans.find_spans(doc_ids, heads=1))
+    triangle = 128 * (128 + spans.BLOCK) / 2
+    assert done == 8 * triangle + 7 * 128 * 128
+    assert isinstance(
+        document_mask((1, 8192), forking([(128, [128] * 63)], length=8192), torch.device("cpu")), Documents
+    )
 
 
 def test_spans_compute_little_more_than_is_visible():

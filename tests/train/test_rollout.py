@@ -21,6 +21,7 @@ from groundup.model.config import ModelConfig
 from groundup.model.transformer import Transformer
 from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.train.experience import Experience, pack_rows
+from groundup.train.onpolicy import can_fork
 from groundup.train.reference import token_logps, without_dropout
 from groundup.train.rollout import Answer, Sampler
 
@@ -94,17 +95,53 @@ def settings(**changes: Any) -> RLConfig:
     return RLConfig(**{"group_size": 3, "max_tokens": 12, "temperature": TEMPERATURE, **changes})
 
 
-def trainer_logprobs(model: nn.Module, answers: list[Answer], tokenizer: Tokenizer) -> list[list[float]]:
-    experiences = [
+def experiences_of(answers: list[Answer]) -> list[Experience]:
+    return [
         Experience(a.prompt, a.prompt_ids + a.ids, len(a.prompt_ids), a.truncated, 0.0,
                    {"mask": torch.tensor(a.mask).float()})
         for a in answers
     ]  # fmt: skip
+
+
+def trainer_logprobs(model: nn.Module, answers: list[Answer], tokenizer: Tokenizer) -> list[list[float]]:
+    experiences = experiences_of(answers)
     batch, places = pack_rows(experiences, 128, tokenizer.pad_id)
     with torch.no_grad():
         found_BT = token_logps(model, batch, TEMPERATURE)  # type: ignore[arg-type]
     pairs = zip(experiences, places, strict=True)
     return [found_BT[p.row, p.begin : p.begin + e.length].tolist() for e, p in pairs]
+
+
+@pytest.mark.parametrize("name", ["fused", "untied", "lora", "prefix"])
+@pytest.mark.parametrize("seq_len", [50, 128])
+def test_answers_that_share_a_copy_of_their_prompt_are_learnt_from_alike(
+    name: str, seq_len: int, tokenizer: Tokenizer, prompts: list[Prompt], tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    model = without_dropout(policies(tokenizer, tmp_path)[name]())
+    assert can_fork(model)
+    experiences = experiences_of(Sampler(model, tokenizer, settings(), seed=5).sample(prompts, 0))
+    generator = torch.Generator().manual_seed(0)
+    for one in experiences:
+        one.columns["advantages"] = torch.randn(one.length, generator=generator)
+    found, slopes, positions = [], [], []
+    for fork in (False, True):
+        batch, spots = pack_rows(experiences, seq_len, tokenizer.pad_id, fork=fork)
+        logps_BT = token_logps(model, batch, TEMPERATURE)
+        model.zero_grad()
+        (logps_BT * batch.advantages_BT).sum().backward()
+        slopes.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+        each = zip(experiences, spots, strict=True)
+        found.append(torch.cat([logps_BT[s.row, s.begin : s.begin + e.length].detach() for e, s in each]))
+        positions.append(int((batch.doc_ids_BT >= 0).sum()))
+        assert batch.input_ids_BT.shape[1] <= seq_len
+    torch.testing.assert_close(found[1], found[0], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(slopes[1], slopes[0], atol=1e-4, rtol=1e-3)
+    assert positions[1] < 0.9 * positions[0]
+
+
+def test_transformers_attention_is_given_whole_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    assert not can_fork(policies(tokenizer, tmp_path)["foreign"]())
 
 
 def furthest(answers: list[Answer], trainer: list[list[float]]) -> float:
