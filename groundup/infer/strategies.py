@@ -12,6 +12,7 @@ and on nothing beside it; the first 4 of 16 samples are the 4 of a budget of 4.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -27,6 +28,8 @@ from groundup.infer.thinking import split_thinking
 
 if TYPE_CHECKING:
     from groundup.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
 
 STRATEGIES = ("majority", "best-of-n", "step-beam")
 TEMPERATURE = 0.8  # of samples, where nothing else was asked for
@@ -208,7 +211,16 @@ def _number(score: float | None) -> float:
 
 
 def open_verifier(folder: str | Path, device: str = "auto") -> Score:
-    """The scores of a reward model's folder."""
+    """The scores of a reward model's folder; NaN, which loses to every number, for what is beyond its context."""
     from groundup.infer.scoring import Scorer
 
-    return Scorer(folder, device=device).score
+    scorer = Scorer(folder, device=device)
+
+    def score(conversations: list[list[Message]]) -> list[float]:
+        found = [math.nan if score is None else score for score in scorer.score_fitting(conversations)]
+        if beyond := sum(map(math.isnan, found)):
+            told = (beyond, len(found), scorer.context)
+            log.warning("%d of %d answers are longer than the verifier's context (%d tokens): not judged", *told)
+        return found
+
+    return score

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +147,7 @@ def _think_longer(
         reasoning, text = split_thinking(best.text) if question.messages else ("", best.text)
         row: dict[str, Any] = {"text": text} | ({"reasoning": reasoning} if reasoning else {})
         row |= {"answer": best.answer, "agreement": choice.agreement, "samples": len(choice.samples)}
-        row |= {"score": best.score} if best.score is not None else {}
+        row |= {"score": best.score} if best.score is not None and isfinite(best.score) else {}
         row |= {"finish_reason": "stop" if best.ended else "length", "prompt_tokens": len(question.ids)}
         rows.append(row | {"tokens": choice.tokens})
     return rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -191,6 +192,25 @@ def test_a_verifier_is_a_reward_models_folder(
         assert [one.score for one in choice.samples] == pytest.approx(alone, abs=1e-6)
         able = [score for one, score in zip(choice.samples, alone, strict=True) if one.ended and one.answer]
         assert choice.sample.score == pytest.approx(max(able or alone))
+
+
+def test_an_answer_beyond_the_verifiers_context_is_not_chosen(
+    engine: Engine, asked: list[Asked], params: SamplingParams, model: Transformer, tokenizer: Tokenizer,
+    tmp_path: Path, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    lengths = [len(tokenizer.render(answered(asked[0], "a b c " * n)).ids) for n in (1, 40)]
+    short = Transformer(replace(model.config, max_position_embeddings=sum(lengths) // 2))
+    short.load_state_dict(model.state_dict())
+    save_scorer(begin_scored(short, seed=1), tmp_path)
+    tokenizer.save(tmp_path)
+    verifier = open_verifier(tmp_path, device="cpu")
+    known, beyond = verifier([answered(asked[0], "a b c " * n) for n in (1, 40)])
+    assert math.isfinite(known) and math.isnan(beyond)
+    assert "1 of 2 answers are longer than the verifier's context" in caplog.text
+    samples = [Sample("long", "x", 9, True, beyond), Sample("short", "y", 1, True, known)]
+    assert pick(samples, "best-of-n") == 1 and pick(samples, "majority") == 1
+    for strategy in ("best-of-n", "step-beam"):  # a search whose answers grow beyond it ends
+        assert all(choice.samples for choice in answer(engine, asked, params, strategy, 4, verifier))
 
 
 def test_an_opened_thought_belongs_to_the_answer(tokenizer: Tokenizer) -> None:
