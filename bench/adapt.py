@@ -297,8 +297,8 @@ def aims(result: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 def show(result: dict[str, Any]) -> Table:
     table = Table("program", "useful tokens/s", "ours is", "peak memory", title="LoRA, packed rows")
-    figures = result.get("speed")
-    for who, rate in (figures or {}).get("useful_tokens_per_second", {}).items():
+    figures = result.get("speed") or {}
+    for who, rate in figures.get("useful_tokens_per_second", {}).items():
         times = f"{figures['ratios'][who]:.2f} x" if who in figures["ratios"] else ""
         table.add_row(who, f"{rate:,.0f}", times, f"{figures['memory_mb'][who]:,.0f} MB")
     reached = {True: "reached", False: "not reached"}

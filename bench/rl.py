@@ -78,7 +78,8 @@ SETTINGS: dict[str, dict[str, list[dict[str, Any]]]] = {
 class Options:
     """prompts, group: of a round; PPO takes prompts x group prompts with an answer each. tokens: of every answer.
     longest: tokens of a prompt. pairs: of a step of DPO, in rows of seq_len, whose halves hold the longest answers with
-    their prompts. seconds: the least length of a turn, in whole rounds."""
+    their prompts. seconds: the least length of a turn, in whole rounds. stop: answers end where the model ends them,
+    too, and `tokens` is their limit."""
 
     model: Path
     work: Path
@@ -94,6 +95,7 @@ class Options:
     threads: int = 2
     dtype: str = "fp32"
     tune: bool = False
+    stop: bool = False
     data: tuple[Path, ...] = ()
 
     @property
@@ -104,7 +106,7 @@ class Options:
     def name(self) -> str:
         """Of the model, with its parent's where a run's folder is called by its stage; and the number type."""
         model = "/".join(self.model.parts[-2 if self.model.name in ("pretrain", "sft") else -1 :])
-        return model if self.dtype == "fp32" else f"{model} {self.dtype}"
+        return " ".join([model, *([self.dtype] if self.dtype != "fp32" else []), *(["stopping"] if self.stop else [])])
 
     @property
     def folder(self) -> Path:
@@ -277,7 +279,7 @@ def program(
     spec: dict[str, Any] = {"part": part, "setting": setting, "device": "cpu", "warmup": warm or WARM[part]}
     if name == "ours":
         steps = EPOCHS if part == "ppo" else 1
-        told = {"recipe": recipe(part, setting, files, options), "steps": steps}
+        told = {"recipe": recipe(part, setting, files, options), "steps": steps, "stop": options.stop}
         return Program(name, "bench.rl_ours", spec | told | {"samples": 0 if part == "dpo" else options.answers},
                        env=options.env)  # fmt: skip
     python = python_of("trl-ppo") if part == "ppo" else sys.executable
@@ -285,7 +287,7 @@ def program(
         raise ProgramFailed(
             f"{name}: TRL has no PPO since 1.13, and 1.12 is not there (python -m bench.peers install trl-ppo)"
         )
-    shared = {key: getattr(options, key) for key in ("group", "tokens", "seq_len", "dtype")}
+    shared = {key: getattr(options, key) for key in ("group", "tokens", "seq_len", "dtype", "stop")}
     spec |= shared | files | {"model": str(options.model), "epochs": EPOCHS, "lr": 1e-6}
     spec["batch"] = options.pairs if part == "dpo" else options.answers
     return Program(name, "bench.rl_peers", spec, python, options.env | {"TRL_EXPERIMENTAL_SILENCE": "1"})
@@ -359,8 +361,8 @@ def read_options(asked: argparse.Namespace, work: Path) -> list[Options]:
     keys = ("prompts", "group", "tokens", "pairs", "seq_len", "rounds", "seconds")
     given = {key: getattr(asked, key) for key in keys if getattr(asked, key) is not None}
     models = asked.model or default_models(work, Material(work))
-    common = Options(Path(), work, asked.peers, threads=asked.threads, dtype=asked.dtype, tune=asked.tune)
-    common = replace(common, **((QUICK if asked.quick else {}) | given))
+    always = {key: getattr(asked, key) for key in ("peers", "threads", "dtype", "tune", "stop")}
+    common = Options(Path(), work, **always | (QUICK if asked.quick else {}) | given)
     return [replace(common, model=model.resolve()) for model in models]
 
 
@@ -373,10 +375,11 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--only", type=names, default=tuple(FASTER), help=f"parts to run, of {', '.join(FASTER)}")
     add("--peers", type=names, default=Options.peers, help="trl; empty for ours alone")
     add("--tune", action="store_true", help="try each program's settings first and use its fastest")
+    add("--stop", action="store_true", help="answers end where the model ends them, and at --tokens at the latest")
     add("--quick", action="store_true", help="one short round of everything: does it run, not how fast")
     add("--prompts", type=int, help=f"of a round (default {Options.prompts})")
     add("--group", type=int, help=f"answers to each prompt (default {Options.group})")
-    add("--tokens", type=int, help=f"of every answer (default {Options.tokens})")
+    add("--tokens", type=int, help=f"of every answer (with --stop at most; default {Options.tokens})")
     add("--pairs", type=int, help=f"of a step of DPO (default {Options.pairs})")
     add("--seq-len", type=int, help=f"tokens of a pair at most, and of DPO's rows (default {Options.seq_len})")
     add("--rounds", type=int, help=f"turns for each program (default {Options.rounds})")

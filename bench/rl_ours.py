@@ -1,7 +1,7 @@
 """groundup's side of `bench.rl`: stages grpo, ppo and preference through `groundup.train`, by turns.
 
-It differs from anybody's run in two things: answers go on past the stop token, so that both sides write as many tokens,
-and the sampler's time is taken.
+It differs from anybody's run in two things: answers go on past the stop token, so that both sides write as many tokens
+(unless they are to stop), and the sampler's time is taken.
 """
 
 from __future__ import annotations
@@ -22,13 +22,14 @@ from groundup.train.rollout import Answer, Sampler
 
 
 class Timed(Sampler):
-    """Answers of max_tokens tokens each; how many there were so far, and how long they took."""
+    """Answers of max_tokens tokens each, or up to their stop token; how many there were so far, how long they took."""
 
+    stop = False
     seconds = 0.0
     tokens = answers = 0
 
     def _params(self, *args: Any) -> SamplingParams:
-        return replace(super()._params(*args), ignore_eos=True)
+        return replace(super()._params(*args), ignore_eos=not Timed.stop)
 
     def sample(self, *args: Any, **kwargs: Any) -> list[Answer]:
         began = time.perf_counter()
@@ -70,6 +71,7 @@ class Rounds:
 
 
 def main(spec: dict[str, Any], turns: Turns) -> None:
+    Timed.stop = spec["stop"]
     onpolicy.Sampler = Timed  # type: ignore[misc]
     training.STAGES["preference"] = Counted
     train_by_turns(spec["recipe"], turns, Rounds(turns, spec["samples"], spec["steps"]))

@@ -1,7 +1,8 @@
 """TRL's side of `bench.rl`: GRPOTrainer, PPOTrainer and DPOTrainer as their documentation has them, by turns.
 
 On a CPU there is no vLLM for GRPOTrainer: it generates with transformers. PPOTrainer takes its reward from a model and
-ends no answer early unless it is told of a stop token; GRPOTrainer and ours are told not to end one.
+ends no answer early unless it is told of a stop token; GRPOTrainer and ours are told not to end one. With `stop` all
+three do.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ def grpo(spec: dict[str, Any], watch: Watch, common: dict[str, Any]) -> None:
         **common | {"remove_unused_columns": False},
         num_generations=spec["group"],
         max_completion_length=spec["tokens"],
-        generation_kwargs={"min_new_tokens": spec["tokens"]},
+        generation_kwargs={} if spec["stop"] else {"min_new_tokens": spec["tokens"]},
         loss_type="grpo",
         use_transformers_continuous_batching=spec["setting"].get("continuous", False),
     )
@@ -98,6 +99,7 @@ def ppo(spec: dict[str, Any], watch: Watch, common: dict[str, Any]) -> None:
         num_ppo_epochs=spec["epochs"],
         num_mini_batches=1,
         num_sample_generations=0,
+        stop_token="eos" if spec["stop"] else None,
         local_rollout_forward_batch_size=spec["setting"]["rollout"],
     )
     words = tokenizer(spec)
