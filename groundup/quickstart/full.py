@@ -185,7 +185,7 @@ def distill(tuned: Tuned) -> dict[str, Any]:
     rows = (Chat([*q.messages, assistant(q.answer)]) for q in tuned.asked if q.kind in PRACTISED)
     practice = tuned.file("practice", map(write.chat_row, rows))
     common = {"model": str(student), "data": [tuned.chats, {"path": practice, "weight": PRACTICE}], **use.DISTILL}
-    taught = tuned.train("distill", {"stage": "distill", **common, "distill": {"teacher": tuned.model, "alpha": 0.1}})
+    taught = tuned.train("distill", {"stage": "distill", **common, "distill": {"teacher": tuned.model, "alpha": 0.5}})
     alone = tuned.train("distill-alone", {"stage": "sft", **common})
     with_teacher, without = tuned.marks(taught["output"]), tuned.marks(alone["output"])
     better = gain(with_teacher.right, without.right)
