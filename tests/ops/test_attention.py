@@ -142,9 +142,8 @@ def test_flex_attention_of_cuda_runs_say_the_same():
     """No GPU in the tests: the mask and the call are checked with FlexAttention's CPU forward."""
     from groundup.ops.attention import _block_mask
 
-    doc_ids = documents(2, 256, 90)
     q, k, v = (x.detach() for x in tensors(2, 256, 4, 2, 32))
-    with torch.no_grad():
-        torch.testing.assert_close(
-            attention(q, k, v, _block_mask(doc_ids)), attention(q, k, v, visible(doc_ids)), atol=1e-5, rtol=1e-4
-        )
+    for doc_ids in (documents(2, 256, 90), forking([(70, [50, 40])], [(9, [30]), (100, [1, 60])], length=256)):
+        with torch.no_grad():
+            found, wanted = (attention(q, k, v, mask) for mask in (_block_mask(doc_ids), visible(doc_ids)))
+        torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
