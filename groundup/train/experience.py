@@ -42,6 +42,7 @@ class Experience:
 @dataclass
 class RolloutBatch:
     """B packed rows of answers behind their prompts, as data/batch.Batch has them: figures stand where a label does.
+    Where answers share their prompt, doc_ids_BT are those of ops/forks.py.
 
     labels_BT: the policy's own next token, else -100. engine, old, reference: its logprobs by the engine and by the
     trainer when it was sampled, and by the reference. least: added to the count where a whole step trains no token.
@@ -145,6 +146,9 @@ def _bundles(experiences: Sequence[Experience], seq_len: int) -> list[_Bundle]:
     out = []
     for prompt, members in asked.items():
         trunk = len(prompt) - 1
+        if not trunk:  # the one token stands in every branch
+            out += [_Bundle([i]) for i in members]
+            continue
         packing = pack(np.array([len(experiences[i].ids) - trunk for i in members], np.int64), seq_len - trunk)
         for begin, end in zip(packing.offsets, packing.offsets[1:], strict=False):
             part = [members[j] for j in packing.order[begin:end].tolist()]

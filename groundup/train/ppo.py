@@ -128,7 +128,7 @@ class PPO(OnPolicy):
         else:
             scorer = self._reward_model(self.rl.value_model)
         self.model = ActorCritic(begun.model, without_dropout(scorer), shared)  # type: ignore[arg-type]
-        self.forks = self.forks and can_fork(scorer)
+        self.forks = self.forks and can_fork(scorer.trunk)
         return self.model
 
     def rates(self, begun: Start) -> dict[str, float]:

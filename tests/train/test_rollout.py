@@ -18,6 +18,7 @@ from groundup.errors import UserError
 from groundup.infer.params import Completion, SamplingParams
 from groundup.infer.sampler import SamplingState, _choose, sample
 from groundup.model.config import ModelConfig
+from groundup.model.scored import begin_scored
 from groundup.model.transformer import Transformer
 from groundup.tokenizer import Tokenizer, load_tokenizer
 from groundup.train.experience import Experience, pack_rows
@@ -141,7 +142,14 @@ def test_answers_that_share_a_copy_of_their_prompt_are_learnt_from_alike(
 
 
 def test_transformers_attention_is_given_whole_answers(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    assert not can_fork(policies(tokenizer, tmp_path)["foreign"]())
+    foreign = policies(tokenizer, tmp_path)["foreign"]()
+    assert not can_fork(foreign) and not can_fork(begin_scored(foreign, 0).trunk)
+
+
+def test_a_prompt_of_one_token_is_nothing_to_share() -> None:
+    answers = [Experience(0, [7, *ids], 1, False, 0.0, {"mask": torch.ones(len(ids))}) for ids in ([1, 2], [3, 4], [5])]
+    [plain, _], [shared, _] = (pack_rows(answers, 64, 0, fork=fork) for fork in (False, True))
+    assert torch.equal(shared.doc_ids_BT, plain.doc_ids_BT) and torch.equal(shared.input_ids_BT, plain.input_ids_BT)
 
 
 def furthest(answers: list[Answer], trainer: list[list[float]]) -> float:
