@@ -122,7 +122,7 @@ def test_an_engine_that_differs_is_accounted_for(level: str, over: str, root: Pa
         now_BT = token_logps(model, batch, 1.0)
     expected, above = 0.0, 0
     for row, docs_T in enumerate(batch.doc_ids_BT):
-        for doc in docs_T[docs_T >= 0].unique():
+        for doc in docs_T[batch.mask_BT[row]].unique():
             own_T = (docs_T == doc) & batch.mask_BT[row]
             logs_M = (now_BT - batch.engine_BT)[row, own_T]
             weights_M = (logs_M if level == "token" else logs_M.sum().expand_as(logs_M)).exp()
