@@ -32,7 +32,8 @@ weights ({parameters} parameters). All figures are of held-out questions, pairs 
 pretraining text may tell it. Gains and changes are differences of shares; spread is from the least to the most of the
 seeds, whose numbers of steps differ with the machine's speed at their start. What the stages do stands in
 [full.py](../groundup/quickstart/full.py), their settings in
-[settings.py](../groundup/quickstart/settings.py); these were chosen on seed 0.
+[settings.py](../groundup/quickstart/settings.py); these were chosen on these very seeds, most on
+seed 0. The command goes on where it was: a stage may have been made anew, later than those before it.
 GRPO and the votes begin with a copy of the fine-tuned model that has seen thoughts. The student's comparison has the
 same start (cut out of the teacher), rows, order and steps, without the teacher's probabilities; both practise the
 teacher's training questions about sums beside its conversations.

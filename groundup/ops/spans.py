@@ -119,12 +119,10 @@ def _plan(doc_ids_BT: torch.Tensor, heads: int) -> Iterator[Span]:
                 if wasted > SLACK * (bottom - top) or size > largest:
                     break
                 bottom, left = bottom + 1, joint
-            keys_S, queries_q1 = (
-                torch.cat([columns_T[slice(*far[top])], columns_T[left:end]]),
-                columns_T[first:end, None],
-            )
-            own, begins, ends_ = (x_BT[top:bottom, first:end, None] for x_BT in (start_BT, begin_BT, end_BT))
-            seen_BqS = (keys_S <= queries_q1) & ((keys_S >= own) | ((keys_S >= begins) & (keys_S < ends_)))
+            keys_S = torch.cat([columns_T[slice(*far[top])], columns_T[left:end]])
+            own, begin, behind = (x_BT[top:bottom, first:end, None] for x_BT in (start_BT, begin_BT, end_BT))
+            seen_BqS = (keys_S >= own) | ((keys_S >= begin) & (keys_S < behind))
+            seen_BqS &= keys_S <= columns_T[first:end, None]
             bias_BqS = torch.zeros(seen_BqS.shape).masked_fill_(~seen_BqS, float("-inf"))
             yield Span(top, bottom, left, first, end, bias_BqS[:, None, :, None], far[top])
             top = bottom
