@@ -1,8 +1,9 @@
 """The block of block.py once more, for training on a CPU: the same numbers in fewer passes over memory.
 
-Matrices are small there and tokens many, so whatever can be done to a matrix instead of to the tokens is: the norms'
+Where matrices are small and tokens many, whatever can be done to a matrix instead of to the tokens is: the norms'
 weights, the attention scale and the order of RoPE's pairs are folded into copies of the matrices, by plain autograd,
-and q, k and v (gate and up) become one product each. What is left to do on tokens stands in ops/.
+and q, k and v (gate and up) become one product each. What is left to do on tokens stands in ops/. Fewer tokens than
+MANY widths are not worth the copies: block.py is faster then, by a seventh at 512 tokens of 576 numbers.
 """
 
 from __future__ import annotations
@@ -24,9 +25,12 @@ from groundup.ops.rope import norm_and_turn, pairs_first
 from groundup.ops.spans import span_attention
 from groundup.ops.swiglu import residual_ffn
 
+MANY = 3  # tokens for each number of a hidden state; with 3 to 10 of them both blocks are about as fast
 
-def can_be_fast(blocks: Iterable[nn.Module], config: ModelConfig, device: torch.device) -> bool:
-    """Whether `FastRows` computes these blocks: fp32 on a CPU, and every part of them still as block.py made it.
+
+def can_be_fast(blocks: Iterable[nn.Module], config: ModelConfig, device: torch.device, tokens: int) -> bool:
+    """Whether `FastRows` computes these blocks: fp32 on a CPU, and every part of them still as block.py made it, and so
+    many tokens at once that it pays (frozen blocks make no copies: these always).
 
     Not so where something has taken hold of a part: a shard, a hook, a compiler; an adapter or a quantised matrix but
     for those that fast_lora.py knows.
@@ -35,7 +39,8 @@ def can_be_fast(blocks: Iterable[nn.Module], config: ModelConfig, device: torch.
         return False
     if config.attention_bias or config.mlp_bias:  # rare; only the bias on q, k and v (qwen2) is worth the lines
         return False
-    return all(is_frozen(block) or all(map(_untouched, block.modules())) for block in blocks)
+    many = tokens >= MANY * config.hidden_size
+    return all(is_frozen(block) or (many and all(map(_untouched, block.modules()))) for block in blocks)
 
 
 def _untouched(part: nn.Module) -> bool:

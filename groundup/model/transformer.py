@@ -143,7 +143,7 @@ class Transformer(nn.Module):
             position_ids_BT = torch.arange(length, device=device)[None]
         rope = rope_table(*self._frequencies(device), position_ids_BT)
         mask = document_mask((rows, length), doc_ids_BT, device)
-        if isinstance(mask, Documents) and can_be_fast(self.blocks, self.config, device):
+        if isinstance(mask, Documents) and can_be_fast(self.blocks, self.config, device, rows * length):
             turns_BTp = torch.complex(*rope)
             return Rows(rope, mask, fast=FastRows(turns_BTp.expand(rows, -1, -1), mask.doc_ids_BT))
         return Rows(rope, mask)

@@ -134,7 +134,7 @@ class _LinearDistill(torch.autograd.Function):
         says = _Teacher(teacher, kept_M, terms, dtype)
         need_hidden, need_head = ctx.needs_input_grad[:2]
         grad_MD = torch.empty_like(hidden_MD) if need_hidden else None
-        grad_DV = hidden_ND.new_zeros(head_VD.shape[::-1], dtype=torch.float32) if need_head else None
+        grad_VD = hidden_ND.new_zeros(head_VD.shape, dtype=torch.float32) if need_head else None
         sums = hidden_ND.new_zeros(3, dtype=torch.float32)
         for start in range(0, len(kept_M), chunk):
             rows = slice(start, start + chunk)
@@ -148,11 +148,11 @@ class _LinearDistill(torch.autograd.Function):
             slopes_CV = slopes_CV.to(dtype)
             if grad_MD is not None:
                 torch.mm(slopes_CV, head, out=grad_MD[rows])
-            if grad_DV is not None and dtype == torch.float32:
-                grad_DV.addmm_(hidden_MD[rows].T, slopes_CV)
-            elif grad_DV is not None:
-                grad_DV += hidden_MD[rows].T @ slopes_CV
-        ctx.save_for_backward(grad_MD, grad_DV, kept_M)
+            if grad_VD is not None and dtype == torch.float32:
+                grad_VD.addmm_(slopes_CV.T, hidden_MD[rows])
+            elif grad_VD is not None:
+                grad_VD += slopes_CV.T @ hidden_MD[rows]
+        ctx.save_for_backward(grad_MD, grad_VD, kept_M)
         ctx.shape, ctx.dtypes = hidden_ND.shape, (hidden_ND.dtype, head_VD.dtype)
         loss, nats, far = (sums[i].clone() for i in range(3))
         ctx.mark_non_differentiable(nats, far)
@@ -161,13 +161,13 @@ class _LinearDistill(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: Tensor, *_: Any) -> Any:
-        grad_MD, grad_DV, kept_M = ctx.saved_tensors
+        grad_MD, grad_VD, kept_M = ctx.saved_tensors
         grad_hidden = grad_head = None
         if grad_MD is not None:
             grad_MD = grad_MD.mul_(scale).to(ctx.dtypes[0])
             grad_hidden = grad_MD.new_zeros(ctx.shape).index_copy_(0, kept_M, grad_MD)
-        if grad_DV is not None:
-            grad_head = grad_DV.mul_(scale).to(ctx.dtypes[1]).T
+        if grad_VD is not None:
+            grad_head = grad_VD.mul_(scale).to(ctx.dtypes[1])
         return grad_hidden, grad_head, None, None, None, None, None, None
 
 

@@ -135,7 +135,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         hidden_MD, head_VD = _take(hidden_ND, kept_M).to(dtype), weight_VD.to(dtype)
         need_hidden, need_weight = ctx.needs_input_grad[:2]
         grad_MD = torch.empty_like(hidden_MD) if need_hidden else None
-        grad_DV = hidden_ND.new_zeros(weight_VD.shape[::-1], dtype=torch.float32) if need_weight else None
+        grad_VD = hidden_ND.new_zeros(weight_VD.shape, dtype=torch.float32) if need_weight else None
         total = hidden_ND.new_zeros((), dtype=torch.float32)
         for rows, logprobs_C1, probs_CV in _chunks(hidden_MD, head_VD, labels_N[kept_M], chunk):
             factors_C1 = None if factors_N is None else factors_N[kept_M[rows], None].float()
@@ -144,19 +144,19 @@ class _LinearCrossEntropy(torch.autograd.Function):
             slopes_CV = (slopes_CV if factors_C1 is None else slopes_CV.mul_(factors_C1)).to(dtype)
             if grad_MD is not None:
                 torch.mm(slopes_CV, head_VD, out=grad_MD[rows])
-            if grad_DV is not None:
-                _accumulate_(grad_DV, hidden_MD[rows], slopes_CV)
-        ctx.save_for_backward(grad_MD, grad_DV, kept_M)
+            if grad_VD is not None:
+                _accumulate_(grad_VD, hidden_MD[rows], slopes_CV)
+        ctx.save_for_backward(grad_MD, grad_VD, kept_M)
         ctx.tokens, ctx.dtypes = len(labels_N), (hidden_ND.dtype, weight_VD.dtype)
         return total
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, scale: torch.Tensor) -> Any:
-        grad_MD, grad_DV, kept_M = ctx.saved_tensors
+        grad_MD, grad_VD, kept_M = ctx.saved_tensors
         hidden_dtype, weight_dtype = ctx.dtypes
         grad_hidden = None if grad_MD is None else _put(grad_MD.mul_(scale).to(hidden_dtype), kept_M, ctx.tokens)
-        grad_weight = None if grad_DV is None else grad_DV.mul_(scale).to(weight_dtype).T
+        grad_weight = None if grad_VD is None else grad_VD.mul_(scale).to(weight_dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
 
@@ -197,7 +197,7 @@ class _SelectiveLogprobs(torch.autograd.Function):
         hidden_MD, head_VD = _take(hidden_ND, kept_M).to(dtype), weight_VD.to(dtype)
         need_weight = ctx.needs_input_grad[1]  # a frozen head costs nothing
         grad_MD = torch.empty_like(hidden_MD)
-        grad_DV = hidden_ND.new_zeros(weight_VD.shape[::-1], dtype=torch.float32) if need_weight else None
+        grad_VD = hidden_ND.new_zeros(weight_VD.shape, dtype=torch.float32) if need_weight else None
         for rows, _, probs_CV in _chunks(hidden_MD, head_VD, labels_N[kept_M], chunk, temperature):
             factors_C1 = grad_N[kept_M[rows], None] / -temperature
             if with_entropy:  # d entropy / d logit = -p log p - p * entropy
@@ -207,10 +207,10 @@ class _SelectiveLogprobs(torch.autograd.Function):
             slopes_CV = _minus_one_hot_(probs_CV, labels_N[kept_M[rows]]).mul_(factors_C1)
             slopes_CV = (slopes_CV.add_(entropies_CV) if with_entropy else slopes_CV).to(dtype)
             torch.mm(slopes_CV, head_VD, out=grad_MD[rows])
-            if grad_DV is not None:
-                _accumulate_(grad_DV, hidden_MD[rows], slopes_CV)
+            if grad_VD is not None:
+                _accumulate_(grad_VD, hidden_MD[rows], slopes_CV)
         grad_hidden = _put(grad_MD.to(hidden_ND.dtype), kept_M, len(labels_N))
-        grad_weight = None if grad_DV is None else grad_DV.to(weight_VD.dtype).T
+        grad_weight = None if grad_VD is None else grad_VD.to(weight_VD.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None
 
 
@@ -240,12 +240,12 @@ def _minus_one_hot_(probs_CV: torch.Tensor, labels_C: torch.Tensor) -> torch.Ten
     return probs_CV.scatter_add_(1, labels_C[:, None], minus_C1)
 
 
-def _accumulate_(grad_DV: torch.Tensor, hidden_CD: torch.Tensor, slopes_CV: torch.Tensor) -> None:
-    """grad += hidden^T @ slopes in fp32. This way round, not its transpose: a fifth faster on a CPU."""
+def _accumulate_(grad_VD: torch.Tensor, hidden_CD: torch.Tensor, slopes_CV: torch.Tensor) -> None:
+    """grad += slopes^T @ hidden in fp32. Laid out as the head is: it is added to the head's other gradients."""
     if slopes_CV.dtype == torch.float32:
-        grad_DV.addmm_(hidden_CD.T, slopes_CV)
+        grad_VD.addmm_(slopes_CV.T, hidden_CD)
     else:
-        grad_DV += hidden_CD.T @ slopes_CV
+        grad_VD += slopes_CV.T @ hidden_CD
 
 
 def _take(x_ND: torch.Tensor, kept_M: torch.Tensor) -> torch.Tensor:

@@ -106,8 +106,7 @@ def pack_rows(
     lengths = np.array([bundle.length(experiences) for bundle in bundles], np.int64)
     packing = pack(lengths, seq_len)
     rows = [packing.order[a:b].tolist() for a, b in zip(packing.offsets, packing.offsets[1:], strict=False)] or [[]]
-    longest = max(int(lengths[row].sum()) for row in rows)
-    shape = len(rows), min(seq_len, max(WHOLE, -(-longest // WHOLE) * WHOLE))
+    shape = len(rows), _width(max(int(lengths[row].sum()) for row in rows), seq_len)
     ids_BT, labels_BT = torch.full(shape, pad_id), torch.full(shape, IGNORE)
     docs_BT = torch.full(shape, -1, dtype=torch.int32)
     positions_BT = torch.zeros(shape, dtype=torch.int64)
@@ -157,16 +156,22 @@ def _bundles(experiences: Sequence[Experience], seq_len: int) -> list[_Bundle]:
 
 
 def split_rows(batch: RolloutBatch, rows: int) -> Iterator[RolloutBatch]:
-    """The batch, so many rows at a time."""
+    """The batch, so many rows at a time, each time as wide as these are: answers seldom fill a row, filler costs."""
     for begin in range(0, len(batch.input_ids_BT), rows):
-        part = slice(begin, begin + rows)
-        yield batch.each(lambda tensor, part=part: tensor[part])  # type: ignore[misc]
+        docs_BT = batch.doc_ids_BT[begin : begin + rows]
+        wide = _width(int((docs_BT >= 0).sum(1).max()), docs_BT.shape[1])  # filler stands behind all else
+        part = slice(begin, begin + rows), slice(wide)
+        yield batch.each(lambda tensor, part=part: tensor[part].contiguous())  # type: ignore[misc]
 
 
-def unpack_column(values_BT: Tensor, experiences: Sequence[Experience], places: Sequence[Spot], name: str) -> None:
+def _width(longest: int, most: int) -> int:
+    return min(most, max(WHOLE, -(-longest // WHOLE) * WHOLE))
+
+
+def unpack_column(rows: Sequence[Tensor], experiences: Sequence[Experience], places: Sequence[Spot], name: str) -> None:
     """Give every answer its figures back from rows of them."""
     for one, place in zip(experiences, places, strict=True):
-        one.columns[name] = values_BT[place.row, place.begin : place.begin + one.length].float().cpu().clone()
+        one.columns[name] = rows[place.row][place.begin : place.begin + one.length].float().cpu().clone()
 
 
 def stacked(experiences: Sequence[Experience], name: str) -> Tensor:

@@ -214,10 +214,10 @@ class OnPolicy(Stage):
         for rows in split_rows(batch, self.config.batch_size) if wanted else ():
             part = rows.to(self.place.device)
             with torch.no_grad(), autocast(self.place.device, self.dtype):
-                for name, values in self.measured(part, wanted).items():
-                    found.setdefault(name, []).append(values)
-        for name, values_BT in found.items():
-            unpack_column(torch.cat(values_BT), experiences, places, name)
+                for name, values_BT in self.measured(part, wanted).items():
+                    found.setdefault(name, []).extend(values_BT)
+        for name, values in found.items():
+            unpack_column(values, experiences, places, name)
 
     def measured(self, part: RolloutBatch, wanted: Sequence[str]) -> dict[str, Tensor]:
         """What is computed of rows once, before the first step on them."""

@@ -12,6 +12,7 @@ from groundup.model.rows import Rows
 from groundup.model.transformer import Transformer
 
 CPU = torch.device("cpu")
+ENOUGH = 192  # tokens at once that make copies of matrices 64 wide worth their while
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
 
 
@@ -27,20 +28,20 @@ def random_model(**changes) -> Transformer:
 
 
 def is_fast(model: Transformer) -> bool:
-    return can_be_fast(model.blocks, model.config, CPU)
+    return can_be_fast(model.blocks, model.config, CPU, ENOUGH)
 
 
 def rows_of(model: Transformer, ids: torch.Tensor, docs: torch.Tensor | None) -> Rows:
     return model._rows(model.model.embed_tokens(ids), None, docs, None)
 
 
-@pytest.mark.parametrize("docs", [None, torch.arange(40).div(13, rounding_mode="floor").int().expand(3, -1)])
+@pytest.mark.parametrize("docs", [None, torch.arange(40).div(13, rounding_mode="floor").int().expand(5, -1)])
 @pytest.mark.parametrize("rope_scaling", [None, YARN])
 @pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
 def test_fast_and_plain_blocks_agree(model_type, rope_scaling, docs):
     model = random_model(model_type=model_type, rope_scaling=rope_scaling)
-    x = torch.randn(3, 40, 64, generator=torch.Generator().manual_seed(2)).requires_grad_()
-    fast = rows_of(model, torch.zeros(3, 40, dtype=torch.long), docs)
+    x = torch.randn(5, 40, 64, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    fast = rows_of(model, torch.zeros(5, 40, dtype=torch.long), docs)
     assert fast.fast is not None
     plain = Rows(fast.rope, fast.mask)
     block = model.blocks[0]
@@ -63,12 +64,21 @@ def test_an_untouched_fp32_model_is_fast():
         assert not is_fast(random_model())
 
 
+def test_few_tokens_are_not_worth_copies_of_matrices():
+    """A token less is computed by block.py itself, to the same numbers."""
+    model = random_model()
+    many = torch.randint(0, 61, (1, ENOUGH), generator=torch.Generator().manual_seed(5))
+    assert rows_of(model, many, None).fast is not None
+    assert rows_of(model, many[:, 1:], None).fast is None
+    torch.testing.assert_close(model(many)[:, :-1], model(many[:, :-1]), atol=1e-4, rtol=1e-4)
+
+
 def test_an_adapter_or_a_hook_is_never_bypassed():
     class Doubled(nn.Linear):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return 2 * super().forward(x)
 
-    ids = torch.zeros(1, 8, dtype=torch.long)
+    ids = torch.zeros(ENOUGH // 8, 8, dtype=torch.long)
     model = random_model()
     before = model(ids)
     layer = model.blocks[1].mlp
@@ -94,7 +104,7 @@ def test_frozen_parameters_stay_without_gradient():
     model = random_model()
     for parameter in model.blocks[0].parameters():
         parameter.requires_grad_(False)
-    model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
+    model(torch.zeros(ENOUGH // 8, 8, dtype=torch.long)).sum().backward()
     assert all(p.grad is None for p in model.blocks[0].parameters())
     assert all(p.grad is not None for p in model.blocks[1].parameters())
 
@@ -102,15 +112,15 @@ def test_frozen_parameters_stay_without_gradient():
 def test_gradients_lie_in_memory_as_their_parameters():
     """Fused optimizers and gradient buckets want it; inside, gradients of matrices are made transposed."""
     model = random_model()
-    model(torch.zeros(2, 8, dtype=torch.long)).sum().backward()
+    model(torch.zeros(ENOUGH // 8, 8, dtype=torch.long)).sum().backward()
     assert all(p.grad.is_contiguous() for p in model.parameters())
 
 
 @pytest.mark.slow
 def test_compiled_blocks_agree():
     model = random_model()
-    ids = torch.randint(0, 61, (2, 32), generator=torch.Generator().manual_seed(4))
-    docs = torch.arange(32).div(13, rounding_mode="floor").int().expand(2, -1)
+    ids = torch.randint(0, 61, (ENOUGH // 32, 32), generator=torch.Generator().manual_seed(4))
+    docs = torch.arange(32).div(13, rounding_mode="floor").int().expand(len(ids), -1)
 
     def gradients() -> list[torch.Tensor]:
         model.zero_grad()
