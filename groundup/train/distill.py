@@ -185,7 +185,7 @@ class Distill(TokenStage):
             said.append(Graded(experience, asked[one.prompt], one.text))
         self._note(said, step)
         batch, _ = pack_rows([one.experience for one in said], self.config.seq_len, self.tokenizer.pad_id)
-        return list(split_rows(batch, self.config.batch_size))
+        return list(split_rows(batch, self.config.batch_size, self.place.device))
 
     def _note(self, said: list[Graded], step: int) -> None:
         """Figures of all ranks' answers, and texts of some."""

@@ -15,7 +15,7 @@ from groundup.data.pack import pack
 from groundup.ops.forks import BRANCH
 
 COLUMNS = ("mask", "engine", "old", "reference", "values", "advantages", "returns")
-WHOLE = 64  # rows are cut off behind their last token, at a multiple of this
+WHOLE = {"cpu": 16, "cuda": 128}  # rows end behind their last token, at a multiple of this: FlexAttention wants 128
 
 
 @dataclass
@@ -106,7 +106,7 @@ def pack_rows(
     lengths = np.array([bundle.length(experiences) for bundle in bundles], np.int64)
     packing = pack(lengths, seq_len)
     rows = [packing.order[a:b].tolist() for a, b in zip(packing.offsets, packing.offsets[1:], strict=False)] or [[]]
-    shape = len(rows), _width(max(int(lengths[row].sum()) for row in rows), seq_len)
+    shape = len(rows), _width(max(int(lengths[row].sum()) for row in rows), seq_len, WHOLE["cuda"])
     ids_BT, labels_BT = torch.full(shape, pad_id), torch.full(shape, IGNORE)
     docs_BT = torch.full(shape, -1, dtype=torch.int32)
     positions_BT = torch.zeros(shape, dtype=torch.int64)
@@ -155,17 +155,18 @@ def _bundles(experiences: Sequence[Experience], seq_len: int) -> list[_Bundle]:
     return out
 
 
-def split_rows(batch: RolloutBatch, rows: int) -> Iterator[RolloutBatch]:
+def split_rows(batch: RolloutBatch, rows: int, device: torch.device) -> Iterator[RolloutBatch]:
     """The batch, so many rows at a time, each time as wide as these are: answers seldom fill a row, filler costs."""
+    whole = WHOLE.get(device.type, WHOLE["cuda"])
     for begin in range(0, len(batch.input_ids_BT), rows):
         docs_BT = batch.doc_ids_BT[begin : begin + rows]
-        wide = _width(int((docs_BT >= 0).sum(1).max()), docs_BT.shape[1])  # filler stands behind all else
+        wide = _width(int((docs_BT >= 0).sum(1).max()), docs_BT.shape[1], whole)  # filler stands behind all else
         part = slice(begin, begin + rows), slice(wide)
         yield batch.each(lambda tensor, part=part: tensor[part].contiguous())  # type: ignore[misc]
 
 
-def _width(longest: int, most: int) -> int:
-    return min(most, max(WHOLE, -(-longest // WHOLE) * WHOLE))
+def _width(longest: int, most: int, whole: int) -> int:
+    return min(most, max(whole, -(-longest // whole) * whole))
 
 
 def unpack_column(rows: Sequence[Tensor], experiences: Sequence[Experience], places: Sequence[Spot], name: str) -> None:

@@ -211,7 +211,7 @@ class OnPolicy(Stage):
         wanted = ["old"] * old + ["reference"] * (self.reference is not None)
         found: dict[str, list[Tensor]] = {name: [] for name in wanted}
         batch, places = self._pack(experiences)
-        for rows in split_rows(batch, self.config.batch_size) if wanted else ():
+        for rows in split_rows(batch, self.config.batch_size, self.place.device) if wanted else ():
             part = rows.to(self.place.device)
             with torch.no_grad(), autocast(self.place.device, self.dtype):
                 for name, values_BT in self.measured(part, wanted).items():
@@ -248,7 +248,7 @@ class OnPolicy(Stage):
         """This rank's micro-batches of the round's optimizer step number `position`; a row of filler if it has none."""
         batch, _ = self._pack(self._share(position))
         batch.round = self.round
-        batches = list(split_rows(batch, self.config.batch_size))
+        batches = list(split_rows(batch, self.config.batch_size, self.place.device))
         batches[0].least = int(self.counts[position] == 0 and self.place.world.main)
         return batches
 

@@ -21,7 +21,7 @@ from groundup.model.config import ModelConfig
 from groundup.model.scored import begin_scored
 from groundup.model.transformer import Transformer
 from groundup.tokenizer import Tokenizer, load_tokenizer
-from groundup.train.experience import Experience, pack_rows
+from groundup.train.experience import Experience, pack_rows, split_rows, unpack_column
 from groundup.train.onpolicy import can_fork
 from groundup.train.reference import token_logps, without_dropout
 from groundup.train.rollout import Answer, Sampler
@@ -150,6 +150,23 @@ def test_a_prompt_of_one_token_is_nothing_to_share() -> None:
     answers = [Experience(0, [7, *ids], 1, False, 0.0, {"mask": torch.ones(len(ids))}) for ids in ([1, 2], [3, 4], [5])]
     [plain, _], [shared, _] = (pack_rows(answers, 64, 0, fork=fork) for fork in (False, True))
     assert torch.equal(shared.doc_ids_BT, plain.doc_ids_BT) and torch.equal(shared.input_ids_BT, plain.input_ids_BT)
+
+
+@pytest.mark.parametrize(
+    ("rows", "device", "widths"),
+    [(1, "cpu", [256, 176, 112]), (2, "cpu", [256, 112]), (1, "cuda", [256, 256, 128])],
+)
+def test_a_micro_batch_is_as_wide_as_the_answers_in_it(rows: int, device: str, widths: list[int]) -> None:
+    """Figures measured a micro-batch at a time go back to their answers, whatever its width."""
+    answers = [
+        Experience(i, [9, *range(n)], 1, False, columns={"mask": torch.ones(n)}) for i, n in enumerate((170, 100, 250))
+    ]
+    batch, spots = pack_rows(answers, 256, 0)
+    parts = list(split_rows(batch, rows, torch.device(device)))
+    assert [part.input_ids_BT.shape[1] for part in parts] == widths
+    assert all(part.labels_BT.is_contiguous() for part in parts)
+    unpack_column([row for part in parts for row in part.labels_BT], answers, spots, "found")
+    assert [one.columns["found"].tolist() for one in answers] == [one.ids[1:] for one in answers]
 
 
 def furthest(answers: list[Answer], trainer: list[list[float]]) -> float:
