@@ -33,7 +33,7 @@ REWARD: Recipe = {
     "optim": {**DECAYING, "lr": 3e-4},
 }
 DPO: Recipe = {
-    "preference": {"loss": "dpo", "beta": 0.1, "sft_weight": 0.5},  # the chosen answers are right: it shall stay so
+    "preference": {"loss": "dpo", "beta": 0.1, "sft_weight": 1.0},  # the chosen answers are right: it shall stay so
     "train": {"steps": 120, "batch_size": 8, "seq_len": 256},
     "optim": {**DECAYING, "lr": 1e-4},
 }
