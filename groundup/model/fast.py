@@ -30,7 +30,7 @@ MANY = 3  # tokens for each number of a hidden state; with 3 to 10 of them both 
 
 def can_be_fast(blocks: Iterable[nn.Module], config: ModelConfig, device: torch.device, tokens: int) -> bool:
     """Whether `FastRows` computes these blocks: fp32 on a CPU, and every part of them still as block.py made it, and so
-    many tokens at once that it pays (frozen blocks make no copies: these always).
+    many tokens at once that it pays (frozen blocks always: they fold while a matrix is made, and keep no copy).
 
     Not so where something has taken hold of a part: a shard, a hook, a compiler; an adapter or a quantised matrix but
     for those that fast_lora.py knows.
