@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,9 @@ class Command:
         code = f"from groundup.serve.ui import ui; ui({target}, url={url!r}, port={free_port()})"
         environment = os.environ | {"OPENAI_API_KEY": "none"}
         command = [sys.executable, "-c", code]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
+        # tests in the background of a shell ignore Ctrl-C, and their children would
+        heard = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, preexec_fn=heard)
         assert self.process.stdout is not None
         lines = iter(self.process.stdout.readline, "")
         said = next((line for line in lines if line.startswith("chat page: ")), None)
