@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from groundup.ops.loss import IGNORE, default_chunk
+from groundup.ops.loss import IGNORE, accumulate_, default_chunk
 
 SMALLEST = 1e-30  # a probability below it counts as this much, where a logarithm is taken
 
@@ -148,10 +148,8 @@ class _LinearDistill(torch.autograd.Function):
             slopes_CV = slopes_CV.to(dtype)
             if grad_MD is not None:
                 torch.mm(slopes_CV, head, out=grad_MD[rows])
-            if grad_VD is not None and dtype == torch.float32:
-                grad_VD.addmm_(slopes_CV.T, hidden_MD[rows])
-            elif grad_VD is not None:
-                grad_VD += slopes_CV.T @ hidden_MD[rows]
+            if grad_VD is not None:
+                accumulate_(grad_VD, hidden_MD[rows], slopes_CV)
         ctx.save_for_backward(grad_MD, grad_VD, kept_M)
         ctx.shape, ctx.dtypes = hidden_ND.shape, (hidden_ND.dtype, head_VD.dtype)
         loss, nats, far = (sums[i].clone() for i in range(3))

@@ -145,7 +145,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if grad_MD is not None:
                 torch.mm(slopes_CV, head_VD, out=grad_MD[rows])
             if grad_VD is not None:
-                _accumulate_(grad_VD, hidden_MD[rows], slopes_CV)
+                accumulate_(grad_VD, hidden_MD[rows], slopes_CV)
         ctx.save_for_backward(grad_MD, grad_VD, kept_M)
         ctx.tokens, ctx.dtypes = len(labels_N), (hidden_ND.dtype, weight_VD.dtype)
         return total
@@ -208,7 +208,7 @@ class _SelectiveLogprobs(torch.autograd.Function):
             slopes_CV = (slopes_CV.add_(entropies_CV) if with_entropy else slopes_CV).to(dtype)
             torch.mm(slopes_CV, head_VD, out=grad_MD[rows])
             if grad_VD is not None:
-                _accumulate_(grad_VD, hidden_MD[rows], slopes_CV)
+                accumulate_(grad_VD, hidden_MD[rows], slopes_CV)
         grad_hidden = _put(grad_MD.to(hidden_ND.dtype), kept_M, len(labels_N))
         grad_weight = None if grad_VD is None else grad_VD.to(weight_VD.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None
@@ -240,7 +240,7 @@ def _minus_one_hot_(probs_CV: torch.Tensor, labels_C: torch.Tensor) -> torch.Ten
     return probs_CV.scatter_add_(1, labels_C[:, None], minus_C1)
 
 
-def _accumulate_(grad_VD: torch.Tensor, hidden_CD: torch.Tensor, slopes_CV: torch.Tensor) -> None:
+def accumulate_(grad_VD: torch.Tensor, hidden_CD: torch.Tensor, slopes_CV: torch.Tensor) -> None:
     """grad += slopes^T @ hidden in fp32. Laid out as the head is: it is added to the head's other gradients."""
     if slopes_CV.dtype == torch.float32:
         grad_VD.addmm_(slopes_CV.T, hidden_CD)

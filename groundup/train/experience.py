@@ -97,7 +97,7 @@ class _Bundle:
 def pack_rows(
     experiences: Sequence[Experience], seq_len: int, pad_id: int, fork: bool = False
 ) -> tuple[RolloutBatch, list[Spot]]:
-    """All answers in rows of at most seq_len tokens, and where each of them went. Without any: a row of filler.
+    """All answers in rows of seq_len tokens, and where each of them went. Without any: a row of filler.
 
     fork: a prompt's answers share it, as branches of one document (ops/forks.py). Its last token stands in every
     branch: from there each answer's first token is foreseen.
@@ -106,7 +106,7 @@ def pack_rows(
     lengths = np.array([bundle.length(experiences) for bundle in bundles], np.int64)
     packing = pack(lengths, seq_len)
     rows = [packing.order[a:b].tolist() for a, b in zip(packing.offsets, packing.offsets[1:], strict=False)] or [[]]
-    shape = len(rows), _width(max(int(lengths[row].sum()) for row in rows), seq_len, WHOLE["cuda"])
+    shape = len(rows), seq_len
     ids_BT, labels_BT = torch.full(shape, pad_id), torch.full(shape, IGNORE)
     docs_BT = torch.full(shape, -1, dtype=torch.int32)
     positions_BT = torch.zeros(shape, dtype=torch.int64)
@@ -160,13 +160,9 @@ def split_rows(batch: RolloutBatch, rows: int, device: torch.device) -> Iterator
     whole = WHOLE.get(device.type, WHOLE["cuda"])
     for begin in range(0, len(batch.input_ids_BT), rows):
         docs_BT = batch.doc_ids_BT[begin : begin + rows]
-        wide = _width(int((docs_BT >= 0).sum(1).max()), docs_BT.shape[1], whole)  # filler stands behind all else
-        part = slice(begin, begin + rows), slice(wide)
+        longest = max(1, int((docs_BT >= 0).sum(1).max()))  # filler stands behind all else
+        part = slice(begin, begin + rows), slice(-(-longest // whole) * whole)
         yield batch.each(lambda tensor, part=part: tensor[part].contiguous())  # type: ignore[misc]
-
-
-def _width(longest: int, most: int, whole: int) -> int:
-    return min(most, max(whole, -(-longest // whole) * whole))
 
 
 def unpack_column(rows: Sequence[Tensor], experiences: Sequence[Experience], places: Sequence[Spot], name: str) -> None:
